@@ -1,4 +1,4 @@
-"""Run from outside the repository against an installed wheel without extras: import, diagnose, initialise, monitor."""
+"""Run from outside the repository against a wheel without extras: import, initialise, diagnose, monitor."""
 
 from __future__ import annotations
 
@@ -41,8 +41,14 @@ class Classifier(pl.LightningModule):
 
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
 with tempfile.TemporaryDirectory() as folder:
-    trainer = pl.Trainer(max_epochs=2, callbacks=[SpectralMonitor()], default_root_dir=folder, accelerator="cpu",
-                         enable_progress_bar=False, enable_checkpointing=False)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        callbacks=[SpectralMonitor()],
+        default_root_dir=folder,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
     trainer.fit(Classifier(), loader)
     assert any(Path(folder).rglob("events.out.tfevents*")), "TensorBoard logs are written by default"
 print("smoke test passed")
