@@ -1,0 +1,163 @@
+"""A module as a pure function of its parameters: the world that the operators differentiate."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from torch_rmt.guard import undisturbed
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Say which of `names` are spelled most like `name`."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    shown = close or list(names)[:5]
+    return "nearest: " + ", ".join(repr(c) for c in shown) if shown else "there are none"
+
+
+def select(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
+    """Names of the parameters to differentiate by, in `named_parameters()` order.
+
+    `params` holds names of parameters, names of modules (all below) or globs; None means every parameter that
+    requires a gradient.
+
+    Raises:
+        ValueError: nothing matches a pattern (with the nearest names), or nothing requires a gradient.
+    """
+    named = dict(model.named_parameters())
+    if params is None:
+        chosen = [name for name, p in named.items() if p.requires_grad]
+        if not chosen:
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient; unfreeze some with requires_grad_(True), "
+                "or name the ones you want: params=['*']"
+            )
+        return chosen
+    patterns = [params] if isinstance(params, str) else list(params)
+    hit: set[str] = set()
+    aliases = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    first = {id(p): name for name, p in reversed(list(named.items()))}
+    for pattern in patterns:
+        found = {
+            first[id(p)]
+            for name, p in aliases.items()
+            if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+        }
+        if not found:
+            raise ValueError(f"params: {pattern!r} matches no parameter of {type(model).__name__}; {nearest(pattern, list(aliases))}")
+        hit |= found
+    return [name for name in named if name in hit]
+
+
+def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of nested tuples, lists and dicts; leave the rest."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(tree_map(function, t) for t in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(tree_map(function, t) for t in tree)
+    if isinstance(tree, dict):
+        return {key: tree_map(function, value) for key, value in tree.items()}
+    return tree
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """The first tensor in nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+    tree_map(lambda t: (found.append(t), t)[1], tree)
+    return found[0] if found else None
+
+
+class PureModel:
+    """A module at one moment, as a function `parameters -> output` without side effects.
+
+    Parameters, buffers and modes are those at construction. Inside every call the buffers are clones, so BatchNorm
+    in train mode uses the batch's statistics and moves none, and the random generator starts from one fixed
+    seed, so dropout draws the same mask in every product. Parameters in half precision are measured in float32
+    copies; `notes` says so.
+    """
+
+    def __init__(self, model: nn.Module, params: str | Sequence[str] | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+        self.module = getattr(model, "_orig_mod", model)
+        if isinstance(self.module, nn.parallel.DistributedDataParallel):
+            self.module = self.module.module
+        self.names = select(self.module, params)
+        tensors = dict(self.module.named_parameters())
+        floating = [p for p in tensors.values() if p.is_floating_point()]
+        dtype = floating[0].dtype
+        for p in floating:
+            dtype = torch.promote_types(dtype, p.dtype)
+        self.notes: tuple[str, ...] = ()
+        if dtype in _HALF:
+            self.notes = (f"parameters are {dtype}: measured in float32 copies",)
+            dtype = torch.float32
+        self.dtype = dtype
+        self.device = tensors[self.names[0]].device
+        with torch.no_grad(), torch.inference_mode(False):
+            self.params = tuple(self._float(tensors[n]).detach().clone() for n in self.names)
+            chosen = set(self.names)
+            self.frozen = {n: self._float(p).detach().clone() for n, p in tensors.items() if n not in chosen}
+            self.buffers = {n: self._float(b).detach().clone() for n, b in self.module.named_buffers()}
+        self.modes = [(m, m.training) for m in self.module.modules()]
+        self.seed = 0x5EED
+        self.sizes = [p.numel() for p in self.params]
+
+    def _float(self, t: Tensor) -> Tensor:
+        return t.to(self.dtype) if t.dtype in _HALF else t
+
+    @property
+    def n_params(self) -> int:
+        """Number of scalars that are differentiated by."""
+        return sum(self.sizes)
+
+    def split(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Cut `(..., n_params)` into tensors of the parameters' shapes (leading dimensions stay)."""
+        pieces = v.split(self.sizes, dim=-1)
+        return tuple(piece.reshape(*v.shape[:-1], *p.shape) for piece, p in zip(pieces, self.params, strict=True))
+
+    def prepare(self, inputs: Any) -> Any:
+        """Detach inputs, out of inference mode and out of half precision."""
+        with torch.inference_mode(False):
+            return tree_map(lambda t: self._float(t.detach().clone() if t.is_inference() else t.detach()), inputs)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Everything that runs the module runs in here: nothing outside is disturbed."""
+        with undisturbed(self.module):
+            for m, training in self.modes:
+                m.training = training
+            yield
+
+    def raw(self, params: Sequence[Tensor], inputs: Any) -> Any:
+        """Call the module; to be used inside `guarded`."""
+        torch.default_generator.manual_seed(self.seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed_all(self.seed)
+        tensors = {**self.frozen, **dict(zip(self.names, params, strict=True))}
+        tensors.update({name: b.clone() for name, b in self.buffers.items()})
+        if isinstance(inputs, dict):
+            return functional_call(self.module, tensors, (), inputs)
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        return functional_call(self.module, tensors, args)
+
+    def __call__(self, params: Sequence[Tensor], inputs: Any) -> Tensor:
+        """The output as a tensor; to be used inside `guarded`."""
+        output = self.raw(params, inputs)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the output of {type(self.module).__name__} is a {type(output).__name__}, not a tensor; wrap the model in a "
+                "module whose forward returns the tensor that the loss takes (for example `return self.model(x).logits`)"
+            )
+        return output
