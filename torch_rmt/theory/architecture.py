@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch_rmt.measures import SpectralMeasure
+from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
 
 Ensemble = Literal["gaussian", "orthogonal"]

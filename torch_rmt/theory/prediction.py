@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch_rmt.measures import SpectralMeasure
+from torch_rmt.measures.base import SpectralMeasure
 
 
 @dataclass(frozen=True)
