@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from torch_rmt.measures import Discrete
 
@@ -17,6 +18,13 @@ class Spectrum:
     Row i of `nodes` and `weights` is the quadrature of probe i; an exact spectrum has one row whose nodes are
     the eigenvalues (of A for symmetric A, of A^T A otherwise) and whose weights are 1/dim.
 
+    Standard errors rest on one identity, for a probe v uniform on the unit sphere of R^d and any
+    function f, Var(v^T f(A) v) = 2 / (d + 2) * (mean f^2 - (mean f)^2), both means over the d
+    eigenvalues. They are read off the measured quadrature itself, so that they hold for one probe as for
+    many. The variance so read has noise of its own, by the same identity; it is inflated by
+    nu / (nu - 2), nu its degrees of freedom, as Student's law asks, so that z-scores have root mean
+    square one also where a single eigenvalue outweighs the rest.
+
     Fields:
         nodes: Ritz values or eigenvalues, `(probes, steps)`; unused places carry weight zero.
         weights: non-negative, each row sums to one.
@@ -26,6 +34,14 @@ class Spectrum:
         seed: of the probe generator; None when nothing was drawn.
         symmetric: False when the nodes are squared singular values.
         notes: what was given up or replaced on the way, in words.
+        known: the last `known` columns are not sampled: eigenvalues found one by one (or counted, as the
+            zeros of a wide matrix are), the same in every row.
+        known_count: how many of the `dim` eigenvalues these columns stand for.
+
+    >>> import numpy as np
+    >>> spectrum = Spectrum(np.array([[1.0, 3.0]]), np.array([[0.5, 0.5]]), dim=2, matvecs=2, method="exact")
+    >>> spectrum.moment(1), spectrum.moment(2)
+    ((2.0, 0.0), (5.0, 0.0))
     """
 
     nodes: Float[np.ndarray, "probes steps"]
@@ -36,11 +52,106 @@ class Spectrum:
     seed: int | None = None
     symmetric: bool = True
     notes: tuple[str, ...] = field(default=())
+    known: int = 0
+    known_count: int = 0
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.nodes).all() and np.isfinite(self.weights).all()):
+            raise ValueError(
+                "a spectrum needs finite nodes and weights: the operator's products were not finite"
+            )
+        if (self.weights < 0).any() or np.abs(self.weights.sum(axis=1) - 1.0).max() > 1e-6:
+            raise ValueError("the weights of a spectrum are non-negative and each row sums to one")
+
+    @property
+    def probes(self) -> int:
+        """Number of probes that were drawn; zero when the spectrum is exact."""
+        return 0 if self.seed is None else int(self.nodes.shape[0])
+
+    @property
+    def eigenvalues(self) -> Float[np.ndarray, " dim"] | None:
+        """All eigenvalues in ascending order if the spectrum is exact, else None."""
+        return np.sort(self.nodes[0]) if self.seed is None else None
 
     def measure(self) -> Discrete:
         """Average over the probes as a probability measure."""
-        raise NotImplementedError
+        used = self.weights > 0
+        weights = (self.weights / self.nodes.shape[0])[used]
+        return Discrete(self.nodes[used], weights / weights.sum())
 
     def moment(self, k: int) -> tuple[float, float]:
-        """Moment of order k and its standard error over the probes (zero when exact)."""
-        raise NotImplementedError
+        """Moment of order k and its standard error (zero when exact)."""
+        value, error = self._expectation(self.nodes.astype(np.float64) ** k)
+        return float(value), float(error)
+
+    def trace(self) -> tuple[float, float]:
+        """Trace of the measured operator (A, or A^T A where A is not symmetric) and its standard error."""
+        value, error = self.moment(1)
+        return self.dim * value, self.dim * error
+
+    def cdf_standard_error(self, x: ArrayLike) -> Float[np.ndarray, ...]:
+        """Sampling error of the distribution function at each x: sqrt(2 F (1 - F) / ((dim + 2) probes)).
+
+        F is taken over the sampled part of the spectrum. Zero when exact. The quadrature's own steps are no
+        sampling error: see `cdf_resolution`.
+        """
+        points = np.asarray(x, dtype=np.float64)
+        if self.probes == 0:
+            return np.zeros(points.shape)
+        sampled, share, dim = self._sampled()
+        nodes, weights = self.nodes[:, sampled], self.weights[:, sampled]
+        below = _cdf(nodes.ravel(), weights.ravel() / weights.sum(), points)
+        variance = 2.0 * below * (1.0 - below) / ((dim + 2) * self.probes)
+        error: Float[np.ndarray, ...] = share * np.sqrt(np.maximum(variance, 0.0))
+        return error
+
+    def cdf_resolution(self, x: ArrayLike) -> Float[np.ndarray, ...]:
+        """Typical error of the distribution function at each x that comes from having few nodes.
+
+        Between two nodes of a Gauss rule the true distribution function differs from the step function by at
+        most one weight (Chebyshev, Markov, Stieltjes) and by w / sqrt(12) in the root mean square where the
+        density is smooth; w is the mean weight of the two neighbours, averaged over probes. Zero when exact.
+        """
+        points = np.asarray(x, dtype=np.float64)
+        flat = points.ravel()
+        total = np.zeros(flat.shape)
+        if self.probes == 0:
+            return total.reshape(points.shape)
+        sampled, _, _ = self._sampled()
+        for nodes, weights in zip(self.nodes[:, sampled], self.weights[:, sampled], strict=True):
+            order = np.argsort(nodes)
+            padded = np.concatenate(([0.0], weights[order], [0.0]))
+            place = np.searchsorted(nodes[order], flat, side="right")
+            outside = (place == 0) | (place == len(nodes))
+            total += np.where(outside, 0.0, 0.5 * (padded[place] + padded[place + 1]))
+        return (total / (self.probes * np.sqrt(12.0))).reshape(points.shape)
+
+    def _sampled(self) -> tuple[slice, float, int]:
+        """Columns that were sampled, their share of the mass, and how many eigenvalues they stand for."""
+        dim = self.dim - self.known_count
+        return slice(0, self.nodes.shape[1] - self.known), dim / self.dim, dim
+
+    def _expectation(self, values: Float[np.ndarray, "probes steps"]) -> tuple[float, float]:
+        """Mean of f over the spectrum, given f at the nodes, and its standard error."""
+        mean = float((self.weights * values).sum(axis=1).mean())
+        if self.probes == 0:
+            return mean, 0.0
+        columns, share, dim = self._sampled()
+        weights, sampled = self.weights[:, columns], values[:, columns]
+        weights = weights / weights.sum()
+        squares = (sampled - (weights * sampled).sum()) ** 2
+        variance = float((weights * squares).sum())
+        if variance == 0.0:
+            return mean, 0.0
+        relative = (weights * (squares / variance - 1.0) ** 2).sum()
+        freedom = (dim + 2) * self.probes / max(float(relative), 1e-300)
+        inflation = 1.0 + 2.0 / max(freedom - 2.0, 1.0)
+        return mean, float(share * np.sqrt(inflation * 2.0 * variance / ((dim + 2) * self.probes)))
+
+
+def _cdf(
+    nodes: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], x: Float[np.ndarray, ...]
+) -> Float[np.ndarray, ...]:
+    order = np.argsort(nodes)
+    cumulative = np.concatenate(([0.0], np.cumsum(weights[order])))
+    return np.minimum(cumulative, 1.0)[np.searchsorted(nodes[order], x, side="right")]

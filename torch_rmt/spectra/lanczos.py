@@ -1,0 +1,134 @@
+"""The Lanczos recurrence, for several probes in lockstep: one `matmat` a step serves them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_rmt.operators.base import LinearOperator
+from torch_rmt.spectra.probes import column_norms, require_finite, require_symmetric
+
+
+@dataclass(frozen=True)
+class Tridiagonal:
+    """A Q_m = Q_m T + beta_m q_{m+1} e_m^T for each probe.
+
+    Fields:
+        diagonal: alpha_1..alpha_m of each probe.
+        offdiagonal: beta_1..beta_m of each probe; the last is the length of the residual. A zero marks an
+            invariant subspace: the recurrence of that probe ended there.
+        basis: q_1..q_m of each probe if they were kept (they are when reorthogonalised), else None.
+        residual: the unit vector q_{m+1} of each probe (zero where the recurrence ended).
+    """
+
+    diagonal: Float[np.ndarray, "probes steps"]
+    offdiagonal: Float[np.ndarray, "probes steps"]
+    basis: Float[Tensor, "probes steps dim"] | None
+    residual: Float[Tensor, "dim probes"]
+
+
+def lanczos(
+    operator: LinearOperator, start: Float[Tensor, "dim probes"], steps: int, *, reorthogonalise: bool
+) -> Tridiagonal:
+    """Run the three-term recurrence from each column of `start`.
+
+    w = A q_j - beta_{j-1} q_{j-1};  alpha_j = q_j . w;  w -= alpha_j q_j;
+    beta_j = |w|;  q_{j+1} = w / beta_j.
+
+    With `reorthogonalise` every new vector is made orthogonal to all earlier ones, twice (Kahan and
+    Parlett: twice is enough), which costs memory for the basis and lets no ghost arise. Without it the
+    Gauss rule is as good for a density (Greenbaum 1989) but Ritz values come back in several copies.
+    The scalars are kept in float64 and nothing is read from the device until the last step is done.
+
+    Raises ValueError for an operator that is not symmetric, a zero start vector or non-finite products.
+    """
+    dim = require_symmetric(operator, "lanczos")
+    steps = min(steps, dim)
+    probes = start.shape[1]
+    eps = torch.finfo(operator.dtype).eps
+    basis = (
+        torch.zeros(probes, steps, dim, device=operator.device, dtype=operator.dtype)
+        if reorthogonalise
+        else None
+    )
+    q, lengths = _unit(start, torch.zeros(probes, device=operator.device, dtype=torch.float64))
+    previous = torch.zeros_like(q)
+    beta = torch.zeros_like(lengths)
+    scale = torch.zeros_like(lengths)
+    alphas, betas = [], []
+    for step in range(steps):
+        if basis is not None:
+            basis[:, step] = q.T
+        w = operator.matmat(q).detach()
+        w = w - previous * beta.to(w.dtype)
+        alpha = _dots(q, w)
+        w = w - q * alpha.to(w.dtype)
+        if basis is not None:
+            w = _orthogonal_to(basis[:, : step + 1], w)
+        scale = torch.maximum(scale, alpha.abs() + beta)
+        previous = q
+        q, beta = _unit(w, 10.0 * eps * scale)
+        alphas.append(alpha)
+        betas.append(beta)
+    table = torch.stack([torch.stack(alphas), torch.stack(betas)]).transpose(1, 2)
+    require_finite(table, operator)
+    if not bool((lengths > 0).all()):
+        raise ValueError("a start vector of the Lanczos recurrence is zero")
+    host = table.cpu().numpy()
+    return Tridiagonal(host[0], host[1], basis, q)
+
+
+def gauss_rule(
+    tridiagonal: Tridiagonal,
+) -> tuple[Float[np.ndarray, "probes steps"], Float[np.ndarray, "probes steps"]]:
+    """Nodes (Ritz values) and weights (squared first components) of each probe's Gauss rule.
+
+    The rule with m nodes integrates polynomials to degree 2m - 1 exactly against the probe's spectral measure
+    (Golub and Welsch 1969).
+    """
+    values, vectors = np.linalg.eigh(
+        tridiagonal_matrices(tridiagonal.diagonal, tridiagonal.offdiagonal[:, :-1])
+    )
+    weights = vectors[:, 0, :] ** 2
+    return values, weights / weights.sum(axis=1, keepdims=True)
+
+
+def tridiagonal_matrices(
+    diagonal: Float[np.ndarray, "probes steps"], offdiagonal: Float[np.ndarray, "probes gaps"]
+) -> Float[np.ndarray, "probes steps steps"]:
+    """Stack the symmetric tridiagonal matrices with these entries."""
+    probes, steps = diagonal.shape
+    matrices = np.zeros((probes, steps, steps))
+    along = np.arange(steps)
+    matrices[:, along, along] = diagonal
+    matrices[:, along[1:], along[:-1]] = offdiagonal
+    matrices[:, along[:-1], along[1:]] = offdiagonal
+    return matrices
+
+
+def _dots(left: Float[Tensor, "dim probes"], right: Float[Tensor, "dim probes"]) -> Float[Tensor, " probes"]:
+    return (left * right).sum(dim=0, dtype=torch.float64)
+
+
+def _unit(
+    vectors: Float[Tensor, "dim probes"], floor: Float[Tensor, " probes"]
+) -> tuple[Float[Tensor, "dim probes"], Float[Tensor, " probes"]]:
+    """Columns divided by their lengths; a column not longer than its floor becomes zero, its length too."""
+    lengths = column_norms(vectors).double()
+    alive = ~(lengths <= floor)  # NaN counts as alive, so that it is seen at the end
+    lengths = torch.where(alive, lengths, 0.0)
+    safe = torch.where(alive, lengths, 1.0).to(vectors.dtype)
+    return torch.where(alive, vectors / safe, 0.0), lengths
+
+
+def _orthogonal_to(
+    basis: Float[Tensor, "probes steps dim"], vectors: Float[Tensor, "dim probes"]
+) -> Float[Tensor, "dim probes"]:
+    columns = vectors.T.unsqueeze(2)
+    for _ in range(2):
+        columns = columns - basis.transpose(1, 2) @ (basis @ columns)
+    return columns.squeeze(2).T
