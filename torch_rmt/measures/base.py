@@ -8,6 +8,9 @@ import numpy as np
 from jaxtyping import Complex, Float
 from numpy.typing import ArrayLike
 
+from torch_rmt.measures.half_plane import fold, unfold
+from torch_rmt.measures.numeric import contour_moment, distribution, potential, quantiles
+
 Interval = tuple[float, float]
 Atom = tuple[float, float]
 
@@ -36,21 +39,59 @@ class SpectralMeasure(ABC):
     def atoms(self) -> tuple[Atom, ...]:
         """Return the point masses as `(location, mass)`, in order of location."""
 
+    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """Derivative G'(z) of the Stieltjes transform; at a real z the boundary value from above.
+
+        The default is a five-point difference along a small circle (or, near the axis, a half-line upwards).
+        """
+        points, below = fold(z)
+        low, high = self.bounds()
+        step = 1e-4 * np.minimum(np.abs(points - 0.5 * (low + high)) + 0.5 * (high - low), np.maximum(points.imag, 0))
+        step = np.maximum(step, 1e-7 * np.maximum(np.abs(points), 1e-3 * (high - low)))
+        g = [self.stieltjes(points + 1j * k * step) for k in range(5)]
+        derivative = (-25 * g[0] + 48 * g[1] - 36 * g[2] + 16 * g[3] - 3 * g[4]) / (12j * step)
+        return unfold(derivative, below)
+
+    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """L(z) = integral of log(z - t) rho(dt), so that L' = G and F(x) = 1 - Im L(x + i0) / pi.
+
+        The default integrates G down a vertical line from far above the support, on a logarithmic grid.
+        """
+        points, below = fold(z)
+        return unfold(potential(self, points), below)
+
     def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
         """Density of the continuous part, -Im G(x + i0) / pi; zero outside the support."""
-        raise NotImplementedError
+        points = np.asarray(x, dtype=float)
+        inside = np.zeros(points.shape, dtype=bool)
+        for low, high in self.support():
+            inside |= (points >= low) & (points <= high)
+        result = np.zeros(points.shape)
+        if inside.any():
+            with np.errstate(all="ignore"):
+                result[inside] = np.maximum(-np.asarray(self.stieltjes(points[inside])).imag / np.pi, 0.0)
+        return result
 
     def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
         """Distribution function F(x) = mass of (-inf, x], atoms included."""
-        raise NotImplementedError
+        return distribution(self, np.asarray(x, dtype=float))
 
     def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
-        """Smallest x with F(x) >= p."""
-        raise NotImplementedError
+        """Smallest x with F(x) >= p.
+
+        Raises:
+            ValueError: if a level is outside [0, 1] or is no number.
+        """
+        levels = np.asarray(p, dtype=float)
+        if not np.all((levels >= 0) & (levels <= 1)):
+            raise ValueError("quantile levels must lie in [0, 1]")
+        return quantiles(self, levels)
 
     def moment(self, k: int) -> float:
-        """Moment m_k = integral of t^k rho(dt)."""
-        raise NotImplementedError
+        """Moment m_k = integral of t^k rho(dt), by a contour integral of z^k G(z) around the support."""
+        if k < 0:
+            raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
+        return 1.0 if k == 0 else contour_moment(self, k)
 
     @property
     def mean(self) -> float:

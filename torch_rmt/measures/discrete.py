@@ -1,0 +1,152 @@
+"""Laws that are sums of point masses: what measurements give."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Complex, Float
+from numpy.typing import ArrayLike
+
+from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
+from torch_rmt.measures.half_plane import fold, unfold
+
+_BLOCK = 1 << 21  # complex numbers held at once when points meet nodes
+
+
+class Discrete(SpectralMeasure):
+    """Sum of point masses, rho = sum_i weights_i delta(nodes_i), as measured spectra are.
+
+    Weights default to equal ones and are normalised to sum one; equal nodes are merged; nodes are kept in order.
+
+    Raises:
+        ValueError: nodes empty or not finite; weights of another shape, negative, not finite or all zero.
+
+    >>> float(Discrete([0.0, 2.0], [1.0, 3.0]).mean)
+    1.5
+    """
+
+    def __init__(self, nodes: ArrayLike, weights: ArrayLike | None = None) -> None:
+        t = np.array(nodes, dtype=float).ravel()
+        p = np.ones(t.shape) if weights is None else np.array(weights, dtype=float).ravel()
+        if t.size == 0 or not np.all(np.isfinite(t)):
+            raise ValueError("Discrete needs at least one node and only finite ones: drop NaN or infinite values first")
+        if p.shape != t.shape:
+            raise ValueError(f"Discrete needs one weight a node: {t.size} nodes, {p.size} weights")
+        if not np.all(np.isfinite(p)) or np.any(p < 0) or p.sum() <= 0:
+            raise ValueError("Discrete needs finite weights >= 0 with a positive sum: a law has no negative mass")
+        kept = p > 0
+        t, inverse = np.unique(t[kept], return_inverse=True)
+        p = np.bincount(inverse, weights=p[kept])
+        p = p / p.sum()
+        t.setflags(write=False)
+        p.setflags(write=False)
+        self.nodes: Float[np.ndarray, " n"] = t
+        self.weights: Float[np.ndarray, " n"] = p
+
+    def _sum(self, z: ArrayLike, power: int) -> Complex[np.ndarray, "..."]:
+        points = np.asarray(z, dtype=complex)
+        flat = points.ravel()
+        result = np.empty_like(flat)
+        rows = max(1, _BLOCK // self.nodes.size)
+        with np.errstate(all="ignore"):
+            for i in range(0, flat.size, rows):
+                inverse = 1.0 / (flat[i : i + rows, None] - self.nodes)
+                result[i : i + rows] = (inverse if power == 1 else inverse * inverse) @ self.weights
+        return np.asarray(result.reshape(points.shape))
+
+    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """G(z) = sum_i weights_i / (z - nodes_i)."""
+        return self._sum(z, 1)
+
+    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """G'(z) = -sum_i weights_i / (z - nodes_i)^2."""
+        return -self._sum(z, 2)
+
+    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """L(z) = sum_i weights_i log(z - nodes_i)."""
+        points, below = fold(z)
+        flat = points.ravel()
+        result = np.empty_like(flat)
+        rows = max(1, _BLOCK // self.nodes.size)
+        with np.errstate(all="ignore"):
+            for i in range(0, flat.size, rows):
+                result[i : i + rows] = np.log(flat[i : i + rows, None] - self.nodes) @ self.weights
+        return unfold(result.reshape(points.shape), below)
+
+    def support(self) -> tuple[Interval, ...]:
+        """Empty: there is no continuous part."""
+        return ()
+
+    def atoms(self) -> tuple[Atom, ...]:
+        """Nodes with their weights."""
+        return tuple(zip(self.nodes.tolist(), self.weights.tolist(), strict=True))
+
+    def bounds(self) -> Interval:
+        """Smallest and largest node."""
+        return float(self.nodes[0]), float(self.nodes[-1])
+
+    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """Zero everywhere: there is no continuous part."""
+        return np.zeros(np.shape(np.asarray(x, dtype=float)))
+
+    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """Sum of the weights of the nodes <= x."""
+        steps = np.concatenate([[0.0], np.cumsum(self.weights)])
+        steps[-1] = 1.0
+        return np.asarray(steps[np.searchsorted(self.nodes, np.asarray(x, dtype=float), side="right")])
+
+    def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
+        """Smallest node with F(node) >= p."""
+        levels = np.asarray(p, dtype=float)
+        if not np.all((levels >= 0) & (levels <= 1)):
+            raise ValueError("quantile levels must lie in [0, 1]")
+        index = np.searchsorted(np.cumsum(self.weights), levels - 1e-14, side="left")
+        return np.asarray(self.nodes[np.minimum(index, self.nodes.size - 1)])
+
+    def moment(self, k: int) -> float:
+        """m_k = sum_i weights_i nodes_i^k."""
+        if k < 0:
+            raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
+        return float(self.weights @ self.nodes**k)
+
+    @property
+    def variance(self) -> float:
+        """Second central moment, without cancellation."""
+        return float(self.weights @ (self.nodes - self.mean) ** 2)
+
+
+class PointMass(Discrete):
+    """All the mass at one location: the law of a multiple of the identity.
+
+    >>> PointMass(3.0).atoms()
+    ((3.0, 1.0),)
+    """
+
+    def __init__(self, location: float) -> None:
+        super().__init__([location])
+
+    @property
+    def location(self) -> float:
+        """Where the mass sits."""
+        return float(self.nodes[0])
+
+
+class Bernoulli(Discrete):
+    """Two point masses: `high` with probability `mass`, `low` with the rest. By default a projection of that rank.
+
+    >>> Bernoulli(0.25).mean
+    0.25
+    """
+
+    def __init__(self, mass: float, *, low: float = 0.0, high: float = 1.0) -> None:
+        if not 0.0 <= mass <= 1.0:
+            raise ValueError(f"the mass of a Bernoulli law must lie in [0, 1], got {mass}")
+        super().__init__([low, high], [1.0 - mass, mass])
+
+
+def empirical(samples: ArrayLike) -> Discrete:
+    """Law of a drawn spectrum: equal weight on every sample.
+
+    >>> float(empirical([1.0, 2.0, 3.0]).mean)
+    2.0
+    """
+    return Discrete(samples)
