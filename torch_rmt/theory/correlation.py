@@ -1,0 +1,118 @@
+"""The correlation map: how the angle between two inputs changes from layer to layer."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from torch_rmt.theory.activation import Activation, ArrayFunction
+from torch_rmt.theory.gaussian import gaussian_rule
+from torch_rmt.theory.moments import second_moment, slope_moment
+
+_HERMITE_TERMS = 240
+
+
+def pair_expectation(
+    function: ArrayFunction, variance: float, correlation: float, kinks: tuple[float, ...] = ()
+) -> float:
+    """E f(u1) f(u2) for jointly Gaussian u of one variance and correlation 0 <= c <= 1.
+
+    With u_i = sqrt(c) s + sqrt(1 - c) t_i the expectation is E_s[g(s)^2], g(s) = E_t f: two integrals in one
+    dimension, each split at the kinks.
+    """
+    if not 0.0 <= correlation <= 1.0:
+        raise ValueError(f"the correlation must be in [0, 1], got {correlation}.")
+    own = variance * (1.0 - correlation)
+    if own <= 1e-15 * variance:
+        h, weights = gaussian_rule(variance, kinks)
+        return float(weights @ function(h) ** 2)
+    width = float(np.sqrt(own))
+    shared = np.sqrt(variance * correlation)
+    # g has features as wide as the inner Gaussian, around each kink and around zero.
+    centres = np.array([0.0, *kinks])
+    marks = centres[:, None] + width * np.array([-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0])
+    s, s_weights = gaussian_rule(float(shared**2), tuple(np.unique(marks)), order=10)
+    edges = _inner_edges(s, width, kinks)
+    unit, unit_weights = np.polynomial.legendre.leggauss(12)
+    half = np.diff(edges, axis=1)[:, :, None] / 2
+    h = edges[:, :-1, None] + half * (1 + unit)
+    density = np.exp(-0.5 * ((h - s[:, None, None]) / width) ** 2) * half
+    g = (function(h) * density) @ unit_weights
+    # Normalised by the same rule, so that a constant comes out exactly.
+    mass = (density @ unit_weights).sum(axis=1)
+    return float(s_weights @ (g.sum(axis=1) / mass) ** 2)
+
+
+def _inner_edges(
+    centre: Float[np.ndarray, " outer"], width: float, kinks: tuple[float, ...]
+) -> Float[np.ndarray, "outer edges"]:
+    """Panel edges for each centre: steps of the Gaussian's width, clipped to its reach, and marks around each kink."""
+    reach = 9.0 * width
+    own = centre[:, None] + width * np.array([-9.0, -6.0, -4.2, -2.8, -1.4, 0.0, 1.4, 2.8, 4.2, 6.0, 9.0])
+    features = [np.array(kinks, dtype=np.float64)]
+    if width > 0.7:  # the activation's own scale is narrower than the Gaussian
+        near = np.array([-8.0, -5.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 5.0, 8.0])
+        features.append((np.array([0.0, *kinks])[:, None] + near).ravel())
+    marks = np.unique(np.concatenate(features))
+    clipped = np.clip(marks[None, :], centre[:, None] - reach, centre[:, None] + reach)
+    return np.sort(np.concatenate([own, clipped], axis=1), axis=1)
+
+
+def hermite_weights(activation: Activation, q: float) -> Float[np.ndarray, " terms"]:
+    """a_k^2 with E phi(u1) phi(u2) = sum_k a_k^2 c^k, a_k = E phi(sqrt(q) Z) He_k(Z) / sqrt(k!)."""
+    h, weights = gaussian_rule(q, activation.kinks)
+    z = h / np.sqrt(q)
+    terms = np.empty(_HERMITE_TERMS)
+    before, now = np.zeros_like(z), np.sqrt(weights)
+    values = activation.value(h) * np.sqrt(weights)
+    for k in range(_HERMITE_TERMS):
+        terms[k] = values @ now
+        before, now = now, (z * now - np.sqrt(k) * before) / np.sqrt(k + 1)
+    return terms**2
+
+
+def correlation_fixed_point(activation: Activation, sigma_w: float, sigma_b: float, q: float) -> tuple[float, float]:
+    """The stable fixed point c* in [0, 1] of c <- (sigma_w^2 E phi(u1) phi(u2) + sigma_b^2) / q, and the slope there.
+
+    The map is a power series with coefficients >= 0, hence convex: Newton from the left cannot miss the root. The
+    start comes from the Hermite series, the last steps from the integrals themselves.
+
+    Source: Poole et al. 2016, eq. (5); Daniely, Frostig and Singer 2016 for the series.
+    """
+    chi = sigma_w**2 * slope_moment(activation, q)
+    # Normalised by the map's own value at c = 1, so that q off its fixed point by rounding does not move the root.
+    scale = sigma_w**2 * second_moment(activation, q) + sigma_b**2
+    slope_at_one = chi * q / scale
+    if slope_at_one <= 1.0 + 1e-10:
+        return 1.0, slope_at_one
+    series = sigma_w**2 * hermite_weights(activation, q) / scale
+    series[0] += sigma_b**2 / scale
+    series[np.abs(series) < 1e-17] = 0.0
+    poly = np.polynomial.Polynomial(series)
+    slope = poly.deriv()
+    c = 0.0
+    for _ in range(60):
+        step = (poly(c) - c) / (1.0 - slope(c))
+        if not (step > 1e-16 and c + step < 1.0):
+            break
+        c += float(step)
+    if series[0] == 0.0:
+        return 0.0, float(series[1])
+
+    def residual(c: float) -> float:
+        both = pair_expectation(activation.value, q, c, activation.kinks)
+        return (sigma_w**2 * both + sigma_b**2) / scale - c
+
+    for _ in range(30):
+        d = sigma_w**2 * q / scale * pair_expectation(activation.derivative, q, c, activation.kinks)
+        if d >= 1.0:  # right of the minimum of the convex gap: go back towards the root
+            c = 1.0 - 2.0 * (1.0 - c)
+            continue
+        step = residual(c) / (1.0 - d)
+        c = min(max(c + step, 0.0), 1.0)
+        if abs(step) < 1e-9:
+            # Quadratic convergence: one more residual with the same slope ends at rounding.
+            c = min(max(c + residual(c) / (1.0 - d), 0.0), 1.0) if abs(step) > 1e-14 else c
+            break
+    d = sigma_w**2 * q / scale * pair_expectation(activation.derivative, q, c, activation.kinks)
+    return float(c), float(d)
