@@ -91,10 +91,11 @@ class RationalCurveLaw(SpectralMeasure):
         return tuple(polynomial_slope(curve) for curve in self._curves)
 
     @cached_property
-    def _gaps(self) -> tuple[Interval, ...]:
-        """Intervals of the real axis free of the continuous part, in order; the first and last are infinite.
+    def _gaps(self) -> tuple[tuple[Interval, Interval], ...]:
+        """Intervals of the real axis free of the continuous part, each with the interval of s that maps onto it.
 
-        On the real axis of s the law has no density exactly where z and every curve before it fall with s.
+        In order; two that meet at an isolated atom (s infinite) stay two. On the real axis of s the law has no density
+        exactly where z and every curve before it fall with s.
         """
         breaks: set[float] = {0.0}
         for (_, bottom), (slope, _) in zip(self._curves, self._slopes, strict=True):
@@ -105,19 +106,13 @@ class RationalCurveLaw(SpectralMeasure):
         middles = [knots[0] - reach, *(0.5 * (a + b) for a, b in zip(knots, knots[1:], strict=False))]
         middles.append(knots[-1] + reach)
         ends = [-np.inf, *knots, np.inf]
-        top, bottom = self._curves[-1]
-        gaps: list[Interval] = []
+        gaps: list[tuple[Interval, Interval]] = []
         for low, high, middle in zip(ends, ends[1:], middles, strict=False):
             if self._falls(np.array([middle]))[0]:
-                gaps.append((self._limit(high, middle), self._limit(low, middle)))
-        gaps = sorted(gap for gap in gaps if gap[1] > gap[0])
-        joined: list[Interval] = []
-        for gap in gaps:
-            if joined and gap[0] <= joined[-1][1] + 1e-12 * (1.0 + abs(gap[0])):
-                joined[-1] = (joined[-1][0], max(joined[-1][1], gap[1]))
-            else:
-                joined.append(gap)
-        return tuple(joined)
+                gap = (self._limit(high, middle), self._limit(low, middle))
+                if gap[1] > gap[0]:
+                    gaps.append((gap, (low, high)))
+        return tuple(sorted(gaps))
 
     def _limit(self, end: float, inside: float) -> float:
         """Limit of z as s runs from `inside` to `end`, along a stretch on which z falls with s."""
@@ -140,29 +135,28 @@ class RationalCurveLaw(SpectralMeasure):
 
     @cached_property
     def _support(self) -> tuple[Interval, ...]:
-        gaps = self._gaps
-        bands = [(left[1], right[0]) for left, right in zip(gaps, gaps[1:], strict=False)]
-        return tuple((low, high) for low, high in bands if high > low)
+        bands = [
+            (left[1], right[0]) for (left, _), (right, _) in zip(self._gaps, self._gaps[1:], strict=False)
+        ]
+        return tuple((low, high) for low, high in bands if high - low > 1e-12 * (abs(low) + abs(high)))
 
     def support(self) -> tuple[Interval, ...]:
         """Return the intervals of the continuous part; their ends are critical values of z(s)."""
         return self._support
 
     def _roots(self, z: Complex[np.ndarray, " points"]) -> Complex[np.ndarray, "points degree"]:
-        """All parameters at which the curve passes z: eigenvalues of the companion matrices."""
+        """All parameters at which the curve passes z: eigenvalues of companion matrices."""
         top, bottom = self._curves[-1]
         degree = max(len(top), len(bottom)) - 1
         padded_top = np.concatenate([np.zeros(degree + 1 - len(top)), top])
         padded_bottom = np.concatenate([np.zeros(degree + 1 - len(bottom)), bottom])
-        coefficients = padded_top[None, :] - z[:, None] * padded_bottom[None, :]
-        lead = coefficients[:, :1]
-        # A vanishing leading coefficient sends one root to infinity: keep it there, finite.
-        size = np.abs(coefficients).max(axis=1, keepdims=True)
-        lead = np.where(np.abs(lead) < 1e-30 * size, 1e-30 * size, lead)
+        # In 1/s: z has its pole at s = 0, so that the leading coefficient never vanishes, while a root s may be infinite.
+        coefficients = (padded_top[None, :] - z[:, None] * padded_bottom[None, :])[:, ::-1]
         companion = np.zeros((len(z), degree, degree), dtype=coefficients.dtype)
-        companion[:, 0, :] = -coefficients[:, 1:] / lead
+        companion[:, 0, :] = -coefficients[:, 1:] / coefficients[:, :1]
         companion[:, np.arange(1, degree), np.arange(degree - 1)] = 1.0
-        return np.asarray(np.linalg.eigvals(companion), dtype=complex)
+        inverse = np.asarray(np.linalg.eigvals(companion), dtype=complex)
+        return np.asarray(1.0 / np.where(np.abs(inverse) < 1e-150, 1e-150, inverse))
 
     def _in_support(self, x: Float[np.ndarray, "..."]) -> np.ndarray:
         inside = np.zeros(x.shape, dtype=bool)
@@ -179,22 +173,22 @@ class RationalCurveLaw(SpectralMeasure):
             roots = self._roots(x)
             inside = self._in_support(x)
             pick = np.argmin(roots.imag, axis=1)
-            if not inside.all():
-                outside = roots[~inside].real
-                # The physical root is real, and there every curve falls; of several (rounding) the smallest is nearest
-                # to the sheet of infinity.
-                key = np.where(self._falls(outside), 0.0, 1e300) + np.abs(roots[~inside].imag) * 1e100
-                key = key + np.abs(outside)
-                pick[~inside] = np.argmin(key, axis=1)
+            for (low, high), (first, last) in self._gaps:
+                here = ~inside & (x >= low) & (x <= high)
+                if here.any():
+                    # The physical root is real and lies in the stretch of s that maps onto this gap.
+                    far = np.abs(roots[here] - np.clip(roots[here].real, first, last)) / np.abs(roots[here])
+                    pick[here] = np.argmin(far, axis=1)
             chosen = roots[np.arange(len(x)), pick]
             s[real] = np.where(inside, chosen, chosen.real)
         if not real.all():
             away = z[~real]
             roots = self._roots(away)
             score = -roots.imag / np.abs(roots)
-            for top, bottom in self._curves[:-1]:
-                value = np.polyval(top, roots) / np.polyval(bottom, roots)
-                score = np.minimum(score, value.imag / np.abs(value))
+            with np.errstate(all="ignore"):
+                for top, bottom in self._curves[:-1]:
+                    value = np.polyval(top, roots) / np.polyval(bottom, roots)
+                    score = np.fmin(score, value.imag / np.abs(value))
             s[~real] = roots[np.arange(len(away)), np.argmax(score, axis=1)]
         return s
 
