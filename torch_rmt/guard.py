@@ -5,29 +5,76 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_CONTAINERS = (dict, list, set)
 
-def _accelerator_states() -> list[tuple[int, torch.Tensor]]:
-    """RNG state of every CUDA device that has been used; an untouched driver is not woken."""
+
+def _accelerator_states() -> list[tuple[int, Tensor]]:
+    """RNG state of every CUDA device; a driver that sleeps is not woken."""
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return []
     return [(i, torch.cuda.get_rng_state(i)) for i in range(torch.cuda.device_count())]
+
+
+class _Snapshot:
+    """The attributes of one submodule (mode, hooks, buffers, counters), to be put back where they changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(module.__dict__)
+        self.contents: dict[str, Any] = {
+            name: value.copy() for name, value in self.attributes.items() if isinstance(value, _CONTAINERS)
+        }
+
+    def restore(self) -> None:
+        """Put attributes and the contents of dicts, lists and sets back."""
+        now = self.module.__dict__
+        if now.keys() != self.attributes.keys() or any(now[k] is not v for k, v in self.attributes.items()):
+            now.clear()
+            now.update(self.attributes)
+        for name, content in self.contents.items():
+            held = self.attributes[name]
+            if isinstance(held, dict):
+                if held.keys() != content.keys() or any(held[k] is not v for k, v in content.items()):
+                    held.clear()
+                    held.update(content)
+            elif isinstance(held, list):
+                if len(held) != len(content) or any(a is not b for a, b in zip(held, content, strict=True)):
+                    held[:] = content
+            elif held != content:
+                held.clear()
+                held.update(content)
+
+
+class _Values:
+    """A tensor whose values must survive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.version = None if tensor.is_inference() else tensor._version
+        self.copy = tensor.detach().clone()
+
+    def restore(self) -> None:
+        """Write the values back if they were changed in place."""
+        if self.version is None or self.tensor._version != self.version:
+            self.tensor.copy_(self.copy)
 
 
 @contextmanager
 def undisturbed(*modules: nn.Module) -> Iterator[None]:
     """Measure inside; leave no trace outside.
 
-    Restored on leaving, also after an exception: train/eval mode of every submodule, `requires_grad` and `.grad` of
-    every parameter, values of buffers, forward hooks, the random state of torch (CPU and every CUDA device), numpy
-    and Python, grad mode and the cuDNN flags. Inside: gradients are enabled, inference mode and autocast are off,
-    compiled modules run eagerly (`force_eager`), and attention runs on the MATH kernel, the one that can be
-    differentiated twice.
+    Restored on leaving, also after an exception: train/eval mode, hooks, buffers and plain attributes of every
+    submodule, `requires_grad` and `.grad` of every parameter, the random state of torch (CPU and every CUDA
+    device), numpy and Python, grad mode and the cuDNN flags. Inside: gradients are enabled, inference mode and
+    autocast are off, compiled modules run eagerly (`force_eager`), and attention runs on the MATH kernel, the
+    one that can be differentiated twice. Parameters are not copied: do not write into them.
 
     Example:
         >>> import torch
@@ -39,26 +86,14 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
         (True, True)
     """
     submodules = {id(m): m for module in modules for m in module.modules()}.values()
-    modes = [(m, m.training) for m in submodules]
-    hooks = [
-        (m, name, dict(getattr(m, name)))
-        for m in submodules
-        for name in (
-            "_forward_hooks",
-            "_forward_hooks_with_kwargs",
-            "_forward_hooks_always_called",
-            "_forward_pre_hooks",
-            "_forward_pre_hooks_with_kwargs",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    ]
     parameters = {id(p): p for module in modules for p in module.parameters()}.values()
-    gradients = [(p, p.requires_grad, p.grad, None if p.grad is None else p.grad._version) for p in parameters]
-    copies = {id(p): p.grad.detach().clone() for p in parameters if p.grad is not None}
+    buffers = {id(b): b for module in modules for b in module.buffers()}.values()
+    snapshots = [_Snapshot(m) for m in submodules]
+    gradients = [(p, p.requires_grad, p.grad) for p in parameters]
     with torch.no_grad():
-        buffers = [(b, b.detach().clone()) for module in modules for b in module.buffers()]
-    python_state, numpy_state, cpu_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        values = [_Values(t) for t in (*buffers, *(g for _, _, g in gradients if g is not None))]
+    python_state, cpu_state = random.getstate(), torch.get_rng_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what training code draws from
     cuda_states = _accelerator_states()
     cudnn = torch.backends.cudnn
     flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
@@ -73,25 +108,18 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
     finally:
-        for m, training in modes:
-            m.training = training
-        for m, name, content in hooks:
-            current = getattr(m, name)
-            if dict(current) != content:
-                current.clear()
-                current.update(content)
-        with torch.no_grad():
-            for p, requires_grad, grad, version in gradients:
-                if p.requires_grad != requires_grad:
-                    p.requires_grad_(requires_grad)
+        for snapshot in snapshots:
+            snapshot.restore()
+        for p, requires_grad, grad in gradients:
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
+            if p.grad is not grad:
                 p.grad = grad
-                if grad is not None and grad._version != version:
-                    grad.copy_(copies[id(p)])
-            for b, value in buffers:
-                if b._version and not torch.equal(b, value):
-                    b.copy_(value)
+        with torch.no_grad():
+            for value in values:
+                value.restore()
         random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(cpu_state)
         for index, state in cuda_states:
             torch.cuda.set_rng_state(state, index)

@@ -1,7 +1,8 @@
-"""Curvature of a loss in parameter space: Hessian, Gauss-Newton, Fisher."""
+"""Curvature of a loss in parameter space: Hessian, Gauss-Newton, Fisher, gradient covariance."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,43 +11,52 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.operators.pure import PureModel, first_tensor
+from torch_rmt.operators.batches import Batch, read_batches
+from torch_rmt.operators.engines import FIRST_ORDER, SECOND_ORDER, Differentiable, Products, Tensors, gradient
+from torch_rmt.operators.ladder import Choice, climb
+from torch_rmt.operators.losses import Loss, checked_loss, output_curvature
+from torch_rmt.operators.plan import fits_in_memory
+from torch_rmt.operators.pure import PureModel
 
-Loss = Callable[[Any, Any], Tensor]
-
-
-def checked_loss(value: Any) -> Tensor:
-    """A scalar finite loss, or an error that says what to do."""
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"the loss must return one scalar tensor, not {shape}; use reduction='mean'")
-    if not torch.isfinite(value.detach()).all():
-        raise ValueError(
-            f"the loss is {value.item()} on this batch; look for inf or nan in the inputs and weights, or measure before "
-            "the divergence"
-        )
-    return value.reshape(())
+Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of rows (k, n)
 
 
-class _Curvature(LinearOperator):
+class Curvature(LinearOperator):
+    """A symmetric matrix over the parameters, an average over batches; the base of Hessian, Gauss-Newton, Fisher.
+
+    The parameters, modes and data are those at construction. Graphs are built at the first product and kept while
+    they fit; `engine` says how products are made and what proved it, `notes` what was replaced or given up.
+    """
+
     symmetric = True
+    chunk = 16
 
     def __init__(
-        self, model: nn.Module, loss: Loss, batch: tuple[Any, Any], params: str | Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batch: Any,
+        params: str | Sequence[str] | None = None,
+        *,
+        max_memory: int | None = None,
     ) -> None:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise TypeError("batch must be a pair (inputs, targets)")
+        if not callable(loss):
+            raise TypeError(f"loss must be callable as loss(output, target), not {type(loss).__name__}")
         self.pure = PureModel(model, params)
         self.loss = loss
-        self.inputs, self.targets = self.pure.prepare(batch[0]), self.pure.prepare(batch[1])
-        sample = first_tensor(self.inputs)
-        if sample is None or sample.numel() == 0:
-            raise ValueError("the batch is empty; pass at least one sample")
-        self.batch_size = sample.shape[0] if sample.ndim else 1
-        with self.pure.guarded():
-            output = self.pure(self.pure.params, self.inputs).detach()
-            checked_loss(self.loss(output, self.targets))
-        self.output_shape = output.shape
+        self.batches = read_batches(batch, self.pure, loss)
+        self.samples = sum(b.samples for b in self.batches)
+        self.terms = sum(b.terms for b in self.batches)
+        with self.pure.guarded(), torch.no_grad():
+            for b in self.batches:
+                checked_loss(loss(self.pure(self.pure.params, b.inputs), b.targets))
+        self.keep = fits_in_memory(self.pure, self.batches, max_memory)
+        self.notes = self.pure.notes
+        if not self.keep:
+            self.notes += ("the graphs of all batches do not fit: recomputed in every product",)
+        self.output_form = ""
+        self._kept: dict[int, Product] = {}
+        self._choice: Choice | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,72 +73,259 @@ class _Curvature(LinearOperator):
         """Type of the parameters (float32 for half precision)."""
         return self.pure.dtype
 
+    @property
+    def engine(self) -> str:
+        """How products are made, and what confirmed it."""
+        if self._choice is None:
+            self._product(0)
+        return str(self._choice)
+
     def adjoint(self) -> LinearOperator:
-        """Symmetric: itself."""
+        """Return itself: symmetric."""
         return self
 
-    def _flat(self, pieces: Sequence[Tensor], k: int) -> Tensor:
-        return torch.cat([p.reshape(k, -1) for p in pieces], dim=1).T
-
-
-class Hessian(_Curvature):
-    """Hessian of the loss by the parameters, `H = d^2 loss / d theta^2`, in `named_parameters()` order."""
-
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
-        """Columns `H v`."""
+        """Multiply by the k columns of V, in blocks."""
+        rows = V.detach().T.contiguous()
+        total = torch.zeros_like(rows)
+        for index, batch in enumerate(self.batches):
+            product = self._product(index)
+            weight = batch.terms / self.terms
+            start = 0
+            while start < rows.shape[0]:
+                try:
+                    total[start : start + self.chunk] += weight * product(rows[start : start + self.chunk])
+                    start += self.chunk
+                except torch.OutOfMemoryError:
+                    if self.chunk == 1:
+                        raise
+                    self.chunk = max(1, self.chunk // 2)
+                    self.notes += (f"out of memory: blocks of {self.chunk} vectors from here on",)
+        return total.T
 
-        def scalar(params: tuple[Tensor, ...]) -> Tensor:
-            return checked_loss(self.loss(self.pure(params, self.inputs), self.targets))
+    def _product(self, index: int) -> Product:
+        if index in self._kept:
+            return self._kept[index]
+        product = self._prepare(self.batches[index], index)
+        if self.keep:
+            self._kept[index] = product
+        return product
 
+    @abstractmethod
+    def _prepare(self, batch: Batch, index: int) -> Product:
+        """Build the product for one batch."""
+
+    def _key(self, order: str) -> object:
+        modes = tuple(training for _, training in self.pure.modes)
+        name = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        return (order, name, modes, self.dtype, tuple(self.pure.names))
+
+    def _loss_of(self, batch: Batch) -> Differentiable:
+        """Loss of one batch by the parameters."""
+        return Differentiable(
+            lambda *params: checked_loss(self.loss(self.pure(params, batch.inputs), batch.targets)),
+            self.pure.params,
+            self.pure.guarded,
+            self.pure.within,
+        )
+
+    def _first_order(self, batch: Batch) -> Products:
+        """Products with the Jacobian of the output by the parameters."""
+        f = Differentiable(
+            lambda *params: self.pure(params, batch.inputs),
+            self.pure.params,
+            self.pure.guarded,
+            self.pure.within,
+        )
+        products, self._choice = climb(f, FIRST_ORDER, self.pure.module, self._key("first"))
+        return products
+
+
+class Hessian(Curvature):
+    """Hessian of a loss by the parameters, `H = d^2 L / d theta^2`, in `named_parameters()` order.
+
+    `loss(output, target)` returns a scalar mean. `batch` is `(inputs, targets)`, a list of such pairs, or a loader
+    (each batch weighs as many terms as it has). `params` are names or globs; None takes all that require a
+    gradient. The matrix is symmetric, `(P, P)`, in units of loss per squared parameter.
+
+    Raises:
+        ValueError: a non-finite loss, an empty batch, a name that matches nothing (with the nearest names).
+        TypeError: an output that is no tensor, a loss that is no scalar.
+        EngineError: at the first product, when no engine can be trusted on this model.
+
+    Source: Pearlmutter 1994 (fast exact multiplication by the Hessian).
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> x = torch.tensor([[1.0], [2.0]])
+        >>> H = Hessian(model, torch.nn.functional.mse_loss, (x, torch.zeros(2, 1)))
+        >>> H.matmat(torch.eye(2))
+        tensor([[5., 3.],
+                [3., 2.]])
+    """
+
+    def _prepare(self, batch: Batch, index: int) -> Product:
+        f = self._loss_of(batch)
+        products, self._choice = climb(f, SECOND_ORDER, self.pure.module, self._key("second"))
+        return lambda rows: flat(products.push(self.pure.split(rows)))
+
+
+class GaussNewton(Curvature):
+    """Generalised Gauss-Newton matrix `G = J^T H_out J`, positive semi-definite for a convex loss.
+
+    J is the Jacobian of the output by the parameters, `H_out` the Hessian of the loss by the output, in closed form
+    for cross-entropy and elementwise losses. Arguments and errors as for `Hessian`.
+
+    Source: Schraudolph 2002; Martens 2020, section 8.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> x = torch.tensor([[1.0], [2.0]])
+        >>> G = GaussNewton(model, torch.nn.functional.mse_loss, (x, torch.zeros(2, 1)))
+        >>> G.matmat(torch.eye(2))
+        tensor([[5., 3.],
+                [3., 2.]])
+    """
+
+    def _prepare(self, batch: Batch, index: int) -> Product:
+        products = self._first_order(batch)
+        middle = self._middle(products.value, batch, index)
+
+        def product(rows: Tensor) -> Tensor:
+            (image,) = products.push(self.pure.split(rows))
+            return flat(products.pull((middle(image),)))
+
+        return product
+
+    def _middle(self, output: Tensor, batch: Batch, index: int) -> Product:
         with self.pure.guarded():
-            _, pull = torch.func.vjp(torch.func.grad(scalar), self.pure.params)
-            columns = [pull(self.pure.split(v))[0] for v in V.T]
-            return torch.stack([torch.cat([p.flatten() for p in c]) for c in columns], dim=1).detach()
-
-
-class GaussNewton(_Curvature):
-    """Generalised Gauss-Newton matrix `J^T H_out J`, J the Jacobian of the output by the parameters."""
-
-    def _output_product(self, output: Tensor) -> Callable[[Tensor], Tensor]:
-        _, pull = torch.func.vjp(torch.func.grad(lambda f: self.loss(f, self.targets)), output)
-        return lambda u: pull(u)[0]
-
-    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
-        """Columns `J^T H_out J v`."""
-        with self.pure.guarded():
-            output, pull = torch.func.vjp(lambda p: self.pure(p, self.inputs), self.pure.params)
-            _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(output))
-            middle = self._output_product(output)
-            columns = [pull(middle(push(self.pure.split(v))[0]))[0] for v in V.T]
-            return torch.stack([torch.cat([p.flatten() for p in c]) for c in columns], dim=1).detach()
+            curvature = output_curvature(self.loss, output, batch.targets)
+        self.output_form = curvature.form
+        return curvature.product
 
 
 class Fisher(GaussNewton):
-    """Fisher information of the model's likelihood: exact, sampled or empirical."""
+    """Fisher information matrix of the likelihood whose negative logarithm is the loss.
+
+    * `kind="exact"`: `E_y [g g^T]` over the model's own predictions; equals Gauss-Newton for categorical,
+      Gaussian and Bernoulli likelihoods, and is refused for losses that are none of these.
+    * `kind="sampled"`: the expectation over `draws` drawn labels per term, fixed by `seed`.
+    * `kind="empirical"`: `1/N sum_n g_n g_n^T`, `g_n` the gradient of sample n's loss with the true target (for
+      models that treat samples apart; batch normalisation in train mode does not).
+
+    Other arguments and errors as for `Hessian`.
+
+    Raises:
+        ValueError: an unknown kind.
+        TypeError: exact or sampled Fisher of a loss that is no known negative log-likelihood.
+
+    Source: Martens 2020; Kunstner, Balles, Hennig 2019 (why empirical is another matrix).
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.0]])
+        >>> Fisher(model, torch.nn.functional.mse_loss, (x, y)).matmat(torch.ones(1, 1))
+        tensor([[5.]])
+    """
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss,
-        batch: tuple[Any, Any],
+        batch: Any,
         params: str | Sequence[str] | None = None,
         *,
         kind: Literal["exact", "sampled", "empirical"] = "exact",
+        draws: int = 1,
+        seed: int = 0,
+        max_memory: int | None = None,
     ) -> None:
-        super().__init__(model, loss, batch, params)
-        self.kind = kind
+        if kind not in ("exact", "sampled", "empirical"):
+            raise ValueError(f"kind must be 'exact', 'sampled' or 'empirical', not {kind!r}")
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, not {draws}")
+        super().__init__(model, loss, batch, params, max_memory=max_memory)
+        self.kind, self.draws, self.seed = kind, draws, seed
+        if kind != "empirical":
+            first = self.batches[0]
+            with self.pure.guarded():
+                output = self.pure(self.pure.params, first.inputs).detach()
+            self._known_likelihood(output, first)
 
-    def _output_product(self, output: Tensor) -> Callable[[Tensor], Tensor]:
+    def _known_likelihood(self, output: Tensor, batch: Batch) -> Callable[[torch.Generator], Tensor]:
+        with self.pure.guarded():
+            draw = output_curvature(self.loss, output, batch.targets).draw
+        if draw is None:
+            raise TypeError(
+                "this loss is not recognised as the negative log-likelihood of a categorical, Gaussian or "
+                "Bernoulli output (cross-entropy on logits, mean square error, binary cross-entropy on logits); "
+                "use GaussNewton, or Fisher(..., kind='empirical')"
+            )
+        return draw
+
+    def _middle(self, output: Tensor, batch: Batch, index: int) -> Product:
         if self.kind == "exact":
-            return super()._output_product(output)
-        targets = self.targets
-        if self.kind == "sampled":
-            generator = torch.Generator(device=output.device).manual_seed(0)
-            if targets.is_floating_point():
-                targets = output + torch.randn(output.shape, generator=generator, dtype=output.dtype)
-            else:
-                p = output.flatten(1).softmax(1)
-                targets = torch.multinomial(p, 1, generator=generator)[:, 0]
-        residual = torch.func.grad(lambda f: self.loss(f, targets))(output).flatten(1)
-        n = residual.shape[0]
-        return lambda u: (n * residual * (residual * u.flatten(1)).sum(1, keepdim=True)).reshape(u.shape)
+            return super()._middle(output, batch, index)
+        factors = self.residuals(output, batch, index)
+        self.output_form = "rank one per sample"
+
+        def product(u: Tensor) -> Tensor:
+            flat_u = u.reshape(u.shape[0], 1, batch.samples, -1)
+            overlap = (factors * flat_u).sum(-1, keepdim=True)
+            return (factors * overlap).sum(1).reshape(u.shape)
+
+        return product
+
+    def residuals(self, output: Tensor, batch: Batch, index: int) -> Float[Tensor, "draws samples outputs"]:
+        """Vectors z with `F = sum_draws sum_n (J_n^T z_n)(J_n^T z_n)^T` for this batch."""
+        if self.kind == "empirical":
+            leaf = output.detach().clone().requires_grad_()
+            with self.pure.guarded():
+                (r,) = torch.autograd.grad(checked_loss(self.loss(leaf, batch.targets)), leaf)
+            scale = (self.samples * batch.terms / self.terms) ** 0.5
+            return scale * r.reshape(1, batch.samples, -1)
+        draw = self._known_likelihood(output, batch)
+        generator = torch.Generator(device=self.device).manual_seed(self.seed * 1_000_003 + index)
+        drawn = torch.stack([draw(generator) for _ in range(self.draws)])
+        return drawn.reshape(self.draws, batch.samples, -1) / self.draws**0.5
+
+
+class GradientCovariance(Fisher):
+    """Covariance of per-sample gradients, `1/N sum_n (g_n - g)(g_n - g)^T`: the noise of SGD with batch size one.
+
+    Arguments and errors as for `Hessian`.
+
+    Source: McCandlish et al. 2018 (gradient noise scale).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batch: Any,
+        params: str | Sequence[str] | None = None,
+        *,
+        max_memory: int | None = None,
+    ) -> None:
+        super().__init__(model, loss, batch, params, kind="empirical", max_memory=max_memory)
+        self._mean: Tensor | None = None
+
+    def gradient(self) -> Float[Tensor, " columns"]:
+        """Mean gradient over all batches."""
+        if self._mean is None:
+            total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+            for b in self.batches:
+                pieces = gradient(self._loss_of(b), self.pure.params)[1]
+                total += b.terms / self.terms * torch.cat([g.flatten() for g in pieces])
+            self._mean = total
+        return self._mean
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
+        """Columns `F_emp v - g (g . v)`."""
+        g = self.gradient()
+        return super().matmat(V) - torch.outer(g, g @ V)
+
+
+def flat(pieces: Tensors) -> Tensor:
+    """Concatenate a block of parameter-shaped tensors to rows `(k, n)`."""
+    return torch.cat([p.reshape(p.shape[0], -1) for p in pieces], dim=1)

@@ -1,115 +1,149 @@
-"""Jacobians between named places of a network."""
+"""Jacobians between named places of a network, for one sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torch_rmt.operators.arithmetic import Transposed
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.operators.pure import PureModel, first_tensor, nearest, tree_map
-
-
-class _Reached(Exception):  # noqa: N818 - no error: the target is computed, the rest of the forward pass is not needed
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
-def _replace_first(tree: Any, value: Tensor) -> Any:
-    done: list[bool] = []
-
-    def swap(t: Tensor) -> Tensor:
-        if done:
-            return t
-        done.append(True)
-        return value
-
-    return tree_map(swap, tree)
-
-
-def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The submodule of that name; ValueError with the nearest names."""
-    modules = dict(model.named_modules())
-    if name not in modules:
-        known = [n for n in modules if n]
-        raise ValueError(f"{type(model).__name__} has no module {name!r}; {nearest(name, known)}")
-    return modules[name]
+from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
+from torch_rmt.operators.ladder import Choice, climb
+from torch_rmt.operators.places import (
+    Reached,
+    check_called,
+    find_place,
+    hooked,
+    replace_first,
+    tensor_at,
+)
+from torch_rmt.operators.pure import PureModel, first_tensor
 
 
 class Jacobian(LinearOperator):
-    """Jacobian of one module's output by another's, for one sample."""
+    """Jacobian `J = d target / d source` for one sample, `(target size, source size)`.
+
+    `source` and `target` are module names and mean the OUTPUTS of those modules; None is the network's input
+    and output. A module that is called several times is written `"act#2"`. Where a module returns a tuple its first tensor
+    counts. A batch larger than one is refused, unless `sample=i` asks for sample i's block with the rest of the
+    batch held fixed (which is what batch normalisation in train mode needs).
+
+    Raises:
+        ValueError: an unknown or unused module (with the nearest names), a target that does not come after the source,
+            an empty input, more than one sample.
+        TypeError: an integer source (name the embedding instead), an output that is no tensor.
+        EngineError: at the first product, when no engine can be trusted on this model.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.ReLU())
+        >>> J = Jacobian(model, torch.randn(1, 3), target="0")
+        >>> torch.allclose(J.matmat(torch.eye(3)), model[0].weight)
+        True
+    """
+
+    chunk = 256
 
     def __init__(
-        self, model: nn.Module, inputs: Any, source: str | None = None, target: str | None = None
+        self,
+        model: nn.Module,
+        inputs: Any,
+        source: str | None = None,
+        target: str | None = None,
+        *,
+        sample: int | None = None,
     ) -> None:
         self.pure = PureModel(model, "*")
         self.source, self.target = source, target
-        module = self.pure.module
-        self._source_module = None if source is None else find_module(module, source)
-        self._target_module = None if target is None else find_module(module, target)
+        self._source = None if source is None else find_place(self.pure.module, source)
+        self._target = None if target is None else find_place(self.pure.module, target)
         self.inputs = self.pure.prepare(inputs)
         first = first_tensor(self.inputs)
         if first is None or first.numel() == 0:
-            raise ValueError("the inputs are empty; pass one sample, for example x[:1]")
-        if first.ndim > 1 and first.shape[0] != 1:
-            raise ValueError(f"a Jacobian is of one sample, the batch has {first.shape[0]}; pass inputs[:1]")
-        if source is None and not first.is_floating_point():
-            raise TypeError("the inputs are integers, which have no derivative; name the embedding as source")
-        with self.pure.guarded():
-            self._point = self._record(first)
-            value = self._run(self._point).detach()
+            raise ValueError("the inputs are empty; pass one sample, for example inputs[:1]")
+        size = first.shape[0] if first.ndim > 1 else 1
+        if sample is None and size != 1:
+            raise ValueError(
+                f"a Jacobian is of one sample and the batch has {size}; pass inputs[:1], or sample=0 to keep the "
+                "rest of the batch fixed around it"
+            )
+        if sample is not None and not 0 <= sample < size:
+            raise ValueError(f"sample={sample} is not in the batch of {size}")
+        if self._source is None and not first.is_floating_point():
+            raise TypeError(
+                f"the input is {first.dtype}, which has no derivative; name the module whose output is the source, "
+                "for example source='embedding'"
+            )
+        self.sample = sample
+        with self.pure.guarded(), torch.no_grad():
+            self._full = self._record(first).detach()
+            self._point = self._own(self._full).clone()
+            if not self._point.is_floating_point():
+                raise TypeError(f"the output of {source!r} is {self._point.dtype}, which has no derivative")
+            value = self._run(self._point)
+        self._target_shape = value.shape
         self._shape = (value.numel(), self._point.numel())
-        self._value = value
+        self._dtype = value.dtype
+        self._products: Products | None = None
+        self._choice: Choice | None = None
+        self.notes = self.pure.notes
+
+    def _own(self, t: Tensor) -> Tensor:
+        return t if self.sample is None else t[self.sample : self.sample + 1]
 
     def _record(self, first: Tensor) -> Tensor:
-        if self._source_module is None:
-            return first
-        found: list[Tensor] = []
+        """Value at the source; both names are checked against one full pass."""
+        found = [first]
+        with ExitStack() as stack:
+            counts = []
+            for place, asked in ((self._source, self.source), (self._target, self.target)):
+                if place is None or asked is None:
+                    continue
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            t = first_tensor(output)
-            if t is None:
-                raise TypeError(f"module {self.source!r} returns no tensor")
-            found.append(t.detach())
+                def keep(output: Any, place: Any = place) -> None:
+                    t = tensor_at(place, output)
+                    if place is self._source:
+                        found.append(t)
 
-        handle = self._source_module.register_forward_hook(keep)
-        try:
-            self.pure.raw(self.pure.params, self.inputs)
-        finally:
-            handle.remove()
-        if not found:
-            raise ValueError(f"module {self.source!r} is not called in this forward pass")
-        return found[0]
+                counts.append((place, asked, stack.enter_context(hooked(place, keep))))
+            output = self.pure.raw(self.pure.params, self.inputs)
+        for place, asked, calls in counts:
+            check_called(place, calls[0], asked)
+        if self._target is None:
+            self.pure.require_tensor(output)
+        return found[-1]
 
     def _run(self, point: Tensor) -> Tensor:
-        def insert(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return _replace_first(output, point)
+        full = point
+        if self.sample is not None:
+            full = torch.cat([self._full[: self.sample], point, self._full[self.sample + 1 :]])
+        inserted = [self._source is None]
 
-        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-            t = first_tensor(output)
-            if t is None:
-                raise TypeError(f"module {self.target!r} returns no tensor")
-            raise _Reached(t)
+        def insert(output: Any) -> Any:
+            inserted[0] = True
+            return replace_first(output, full)
 
-        inputs = self.inputs if self._source_module is not None else _replace_first(self.inputs, point)
-        handles = []
-        if self._source_module is not None:
-            handles.append(self._source_module.register_forward_hook(insert))
-        if self._target_module is not None:
-            handles.append(self._target_module.register_forward_hook(stop))
+        def stop(output: Any) -> None:
+            if not inserted[0]:
+                raise ValueError(
+                    f"target {self.target!r} is computed before source {self.source!r}; exchange the two"
+                )
+            assert self._target is not None
+            raise Reached(tensor_at(self._target, output))
+
+        inputs = replace_first(self.inputs, full) if self._source is None else self.inputs
         try:
-            output = self.pure(self.pure.params, inputs)
-        except _Reached as reached:
-            return reached.value
-        finally:
-            for handle in handles:
-                handle.remove()
-        if self._target_module is not None:
-            raise ValueError(f"module {self.target!r} is not called in this forward pass")
-        return output
+            with ExitStack() as stack:
+                if self._source is not None:
+                    stack.enter_context(hooked(self._source, insert))
+                if self._target is not None:
+                    stack.enter_context(hooked(self._target, stop))
+                return self._own(self.pure(self.pure.params, inputs))
+        except Reached as reached:
+            return self._own(reached.value)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,89 +158,47 @@ class Jacobian(LinearOperator):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the activations."""
-        return self._value.dtype
+        return self._dtype
+
+    @property
+    def engine(self) -> str:
+        """How products are made, and what confirmed it."""
+        self._prepared()
+        return str(self._choice)
+
+    def _prepared(self) -> Products:
+        if self._products is None:
+            f = Differentiable(
+                self._run,
+                (self._point,),
+                self.pure.guarded,
+                lambda _point, thunk: self.pure.within(self.pure.params, thunk),
+            )
+            modes = tuple(training for _, training in self.pure.modes)
+            key = ("jacobian", self.source, self.target, self.sample is None, modes, self.dtype)
+            self._products, self._choice = climb(f, FIRST_ORDER, self.pure.module, key)
+        return self._products
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
         """Columns `J v`."""
-        with self.pure.guarded():
-            value, pull = torch.func.vjp(self._run, self._point)
-            _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))
-            return torch.stack([push(v.reshape(self._point.shape))[0].flatten() for v in V.T], dim=1).detach()
+        products = self._prepared()
+        return in_blocks(V, self._point.shape, lambda v: products.push(v), self.chunk, self._shape[0])
 
     def adjoint(self) -> LinearOperator:
-        """The transposed Jacobian."""
-        return _Adjoint(self)
+        """Return `J^T`, of shape `(source size, target size)`."""
+        return Transposed(self, self._rmatmat)
 
-    def rmatmat(self, U: Float[Tensor, "rows k"]) -> Float[Tensor, "columns k"]:
-        """Columns `J^T u`."""
-        with self.pure.guarded():
-            value, pull = torch.func.vjp(self._run, self._point)
-            return torch.stack([pull(u.reshape(value.shape))[0].flatten() for u in U.T], dim=1).detach()
+    def _rmatmat(self, U: Tensor) -> Tensor:
+        products = self._prepared()
+        return in_blocks(U, self._target_shape, lambda u: products.pull(u), self.chunk, self._shape[1])
 
 
-class _Adjoint(LinearOperator):
-    def __init__(self, forward: Jacobian) -> None:
-        self.forward = forward
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Source size by target size."""
-        return self.forward.shape[1], self.forward.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """As the Jacobian."""
-        return self.forward.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As the Jacobian."""
-        return self.forward.dtype
-
-    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
-        """Columns `J^T u`."""
-        return self.forward.rmatmat(V)
-
-    def adjoint(self) -> LinearOperator:
-        """The Jacobian."""
-        return self.forward
-
-
-class NeuralTangentKernel(LinearOperator):
-    """`Theta = J J^T`, J the Jacobian of all outputs of a batch by the parameters."""
-
-    symmetric = True
-
-    def __init__(self, model: nn.Module, inputs: Any, params: str | Sequence[str] | None = None) -> None:
-        self.pure = PureModel(model, params)
-        self.inputs = self.pure.prepare(inputs)
-        with self.pure.guarded():
-            self._output_shape = self.pure(self.pure.params, self.inputs).shape
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(samples x outputs) twice."""
-        return (self._output_shape.numel(), self._output_shape.numel())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters live."""
-        return self.pure.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the parameters."""
-        return self.pure.dtype
-
-    def adjoint(self) -> LinearOperator:
-        """Symmetric: itself."""
-        return self
-
-    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
-        """Columns `J J^T u`."""
-        with self.pure.guarded():
-            output, pull = torch.func.vjp(lambda p: self.pure(p, self.inputs), self.pure.params)
-            push: Callable[..., Any]
-            _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(output))
-            columns = [push(pull(u.reshape(output.shape))[0])[0].flatten() for u in V.T]
-            return torch.stack(columns, dim=1).detach()
+def in_blocks(V: Tensor, shape: torch.Size, product: Any, chunk: int, rows: int) -> Tensor:
+    """Run a product over blocks of columns, each shaped like the tensor it is a tangent of."""
+    if V.shape[1] == 0:
+        return V.new_zeros((rows, 0))
+    results: list[Tensor] = []
+    for block in torch.split(V.detach().T.contiguous(), chunk):
+        (image,) = product((block.reshape(block.shape[0], *shape),))
+        results.append(image.reshape(block.shape[0], -1))
+    return torch.cat(results).T

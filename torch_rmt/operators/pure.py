@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from torch_rmt.guard import undisturbed
 
@@ -38,11 +39,13 @@ def select(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
         chosen = [name for name, p in named.items() if p.requires_grad]
         if not chosen:
             raise ValueError(
-                f"no parameter of {type(model).__name__} requires a gradient; unfreeze some with requires_grad_(True), "
-                "or name the ones you want: params=['*']"
+                f"no parameter of {type(model).__name__} requires a gradient; unfreeze some with "
+                "requires_grad_(True), or name the ones you want: params=['*']"
             )
         return chosen
     patterns = [params] if isinstance(params, str) else list(params)
+    if patterns == ["*"] and not named:
+        return []
     hit: set[str] = set()
     aliases = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
     first = {id(p): name for name, p in reversed(list(named.items()))}
@@ -53,7 +56,10 @@ def select(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
             if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
         }
         if not found:
-            raise ValueError(f"params: {pattern!r} matches no parameter of {type(model).__name__}; {nearest(pattern, list(aliases))}")
+            raise ValueError(
+                f"params: {pattern!r} matches no parameter of {type(model).__name__}; "
+                f"{nearest(pattern, list(aliases))}"
+            )
         hit |= found
     return [name for name in named if name in hit]
 
@@ -74,7 +80,12 @@ def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def first_tensor(tree: Any) -> Tensor | None:
     """The first tensor in nested tuples, lists and dicts."""
     found: list[Tensor] = []
-    tree_map(lambda t: (found.append(t), t)[1], tree)
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    tree_map(keep, tree)
     return found[0] if found else None
 
 
@@ -96,15 +107,17 @@ class PureModel:
         self.names = select(self.module, params)
         tensors = dict(self.module.named_parameters())
         floating = [p for p in tensors.values() if p.is_floating_point()]
-        dtype = floating[0].dtype
+        dtype = floating[0].dtype if floating else torch.get_default_dtype()
         for p in floating:
             dtype = torch.promote_types(dtype, p.dtype)
         self.notes: tuple[str, ...] = ()
         if dtype in _HALF:
             self.notes = (f"parameters are {dtype}: measured in float32 copies",)
             dtype = torch.float32
-        self.dtype = dtype
-        self.device = tensors[self.names[0]].device
+        self.dtype: torch.dtype = dtype
+        self.device: torch.device = next(
+            (t.device for t in (*tensors.values(), *self.module.buffers())), torch.device("cpu")
+        )
         with torch.no_grad(), torch.inference_mode(False):
             self.params = tuple(self._float(tensors[n]).detach().clone() for n in self.names)
             chosen = set(self.names)
@@ -112,6 +125,11 @@ class PureModel:
             self.buffers = {n: self._float(b).detach().clone() for n, b in self.module.named_buffers()}
         self.modes = [(m, m.training) for m in self.module.modules()]
         self.seed = 0x5EED
+        self.weight_normed = any(
+            type(part).__name__ in ("_WeightNorm", "WeightNorm")
+            for m in self.module.modules()
+            for part in (m, *m._forward_pre_hooks.values())
+        )
         self.sizes = [p.numel() for p in self.params]
 
     def _float(self, t: Tensor) -> Tensor:
@@ -124,13 +142,17 @@ class PureModel:
 
     def split(self, v: Tensor) -> tuple[Tensor, ...]:
         """Cut `(..., n_params)` into tensors of the parameters' shapes (leading dimensions stay)."""
-        pieces = v.split(self.sizes, dim=-1)
-        return tuple(piece.reshape(*v.shape[:-1], *p.shape) for piece, p in zip(pieces, self.params, strict=True))
+        pieces = torch.split(v, self.sizes, dim=-1)
+        return tuple(
+            piece.reshape(*v.shape[:-1], *p.shape) for piece, p in zip(pieces, self.params, strict=True)
+        )
 
     def prepare(self, inputs: Any) -> Any:
         """Detach inputs, out of inference mode and out of half precision."""
         with torch.inference_mode(False):
-            return tree_map(lambda t: self._float(t.detach().clone() if t.is_inference() else t.detach()), inputs)
+            return tree_map(
+                lambda t: self._float(t.detach().clone() if t.is_inference() else t.detach()), inputs
+            )
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -147,17 +169,63 @@ class PureModel:
             torch.cuda.manual_seed_all(self.seed)
         tensors = {**self.frozen, **dict(zip(self.names, params, strict=True))}
         tensors.update({name: b.clone() for name, b in self.buffers.items()})
-        if isinstance(inputs, dict):
-            return functional_call(self.module, tensors, (), inputs)
-        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        return functional_call(self.module, tensors, args)
+        args, kwargs = _arguments(inputs)
+        if not self.weight_normed:
+            return functional_call(self.module, tensors, args, kwargs)
+        with _ComposedWeightNorm():
+            return functional_call(self.module, tensors, args, kwargs)
+
+    def within(self, params: Sequence[Tensor], thunk: Callable[[], Any]) -> Any:
+        """Run a thunk while the module holds these parameters; to be used inside `guarded`.
+
+        A checkpointed module runs its forward pass again inside the backward pass, and must then find the
+        tensors that are differentiated by, or second derivatives are silently wrong.
+        """
+        tensors = {**self.frozen, **dict(zip(self.names, params, strict=True))}
+        tensors = {f"module.{name}": t for name, t in tensors.items()}
+        return functional_call(_Within(self.module), tensors, (thunk,))
 
     def __call__(self, params: Sequence[Tensor], inputs: Any) -> Tensor:
-        """The output as a tensor; to be used inside `guarded`."""
-        output = self.raw(params, inputs)
+        """Return the output as a tensor; to be used inside `guarded`."""
+        return self.require_tensor(self.raw(params, inputs))
+
+    def require_tensor(self, output: Any) -> Tensor:
+        """TypeError, with the remedy, for a model that returns something else than a tensor."""
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"the output of {type(self.module).__name__} is a {type(output).__name__}, not a tensor; wrap the model in a "
-                "module whose forward returns the tensor that the loss takes (for example `return self.model(x).logits`)"
+                f"the output of {type(self.module).__name__} is a {type(output).__name__}, not a tensor; wrap the "
+                "model in a module whose forward returns the tensor that the loss takes (for example "
+                "`return self.model(x).logits`)"
             )
         return output
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+class _ComposedWeightNorm(TorchFunctionMode):
+    """Weight normalisation from plain operations.
+
+    The second derivative of the fused kernel is wrong without an error in torch 2.13: it takes the norm for a constant
+    (the Hessian comes out asymmetric by 70 %).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = (*args, 0)[:3] if kwargs is None else (*args, kwargs.get("dim", 0))[:3]
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+class _Within(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, thunk: Callable[[], Any]) -> Any:
+        return thunk()

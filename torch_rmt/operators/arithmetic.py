@@ -1,0 +1,165 @@
+"""New operators from old ones: dense matrices, transposes, sums, diagonal scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_rmt.operators.base import LinearOperator
+
+
+class _Like(LinearOperator):
+    """Shape, device and type taken from another operator."""
+
+    def __init__(self, like: LinearOperator) -> None:
+        self._like = like
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As the operator it is made from."""
+        return self._like.shape
+
+    @property
+    def device(self) -> torch.device:
+        """As the operator it is made from."""
+        return self._like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the operator it is made from."""
+        return self._like.dtype
+
+
+class Transposed(_Like):
+    """Transpose of an operator that can multiply from the left; its adjoint is the operator itself."""
+
+    def __init__(self, operator: LinearOperator, rmatmat: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(operator)
+        self._rmatmat = rmatmat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns exchanged."""
+        return self._like.shape[1], self._like.shape[0]
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+        """Columns `A^T v`."""
+        return self._rmatmat(V)
+
+    def adjoint(self) -> LinearOperator:
+        """Return the operator that was transposed."""
+        return self._like
+
+
+class Dense(LinearOperator):
+    """A matrix that is at hand; `symmetric` is declared by the caller and checked.
+
+    Raises:
+        ValueError: declared symmetric and is not.
+
+    Example:
+        >>> Dense(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), symmetric=True).matmat(torch.ones(2, 1)).flatten()
+        tensor([2., 3.])
+    """
+
+    def __init__(self, matrix: Float[Tensor, "rows columns"], *, symmetric: bool = False) -> None:
+        if symmetric:
+            gap = (
+                float((matrix - matrix.T).abs().max()) if matrix.shape[0] == matrix.shape[1] else float("inf")
+            )
+            if gap > 1e-5 * float(matrix.abs().max()):
+                raise ValueError(
+                    "the matrix is declared symmetric and is not; pass (A + A.T) / 2 if you mean that"
+                )
+        self.matrix = matrix
+        self.symmetric = symmetric
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return (self.matrix.shape[0], self.matrix.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix lies."""
+        return self.matrix.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the matrix."""
+        return self.matrix.dtype
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+        """Columns `A v`."""
+        return self.matrix @ V
+
+    def adjoint(self) -> LinearOperator:
+        """Return the transposed matrix, or itself."""
+        return self if self.symmetric else Dense(self.matrix.T)
+
+
+class Combination(_Like):
+    """Linear combination `sum_i c_i A_i`, for example `H1 = H - G`.
+
+    Raises:
+        ValueError: no operators, or unequal shapes.
+
+    Example:
+        >>> A = Dense(torch.eye(2), symmetric=True)
+        >>> Combination((A, A), (1.0, -0.5)).matmat(torch.ones(2, 1)).flatten()
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(self, operators: Sequence[LinearOperator], coefficients: Sequence[float]) -> None:
+        if not operators or len(operators) != len(coefficients):
+            raise ValueError("give as many coefficients as operators, and at least one")
+        if len({op.shape for op in operators}) != 1:
+            raise ValueError(f"operators of unequal shapes cannot be added: {[op.shape for op in operators]}")
+        super().__init__(operators[0])
+        self.operators, self.coefficients = tuple(operators), tuple(coefficients)
+        self.symmetric = all(op.symmetric for op in operators)
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+        """Columns `sum_i c_i A_i v`."""
+        terms = [c * op.matmat(V) for c, op in zip(self.coefficients, self.operators, strict=True)]
+        return torch.stack(terms).sum(0)
+
+    def adjoint(self) -> LinearOperator:
+        """Return the combination of the adjoints."""
+        return (
+            self
+            if self.symmetric
+            else Combination([op.adjoint() for op in self.operators], self.coefficients)
+        )
+
+
+class Scaled(_Like):
+    """Diagonal scaling from both sides, `D A D`, as an optimiser's preconditioner does; see `adam_scale`.
+
+    Raises:
+        ValueError: the operator is not square or the diagonal has another length.
+    """
+
+    def __init__(self, operator: LinearOperator, diagonal: Float[Tensor, " n"]) -> None:
+        if operator.shape != (diagonal.shape[0], diagonal.shape[0]):
+            raise ValueError(f"a diagonal of length {diagonal.shape[0]} does not scale {operator.shape}")
+        super().__init__(operator)
+        self.diagonal = diagonal
+        self.symmetric = operator.symmetric
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+        """Columns `D A D v`."""
+        d = self.diagonal[:, None]
+        return d * self._like.matmat(d * V)
+
+    def adjoint(self) -> LinearOperator:
+        """Return `D A^T D`."""
+        return self if self.symmetric else Scaled(self._like.adjoint(), self.diagonal)
+
+
+def dense(operator: LinearOperator) -> Float[Tensor, "rows columns"]:
+    """Write a small operator out as a matrix, one product with the identity."""
+    return operator.matmat(torch.eye(operator.shape[1], dtype=operator.dtype, device=operator.device))

@@ -1,0 +1,167 @@
+"""Which rung to stand on: engines are tried in order, and none is trusted before another agrees with it.
+
+Silently wrong derivatives exist. In torch 2.13 reverse over forward through LayerNorm is off by a quarter with no
+error, and both reverse-over-reverse engines agree on a wrong, asymmetric Hessian through the fused weight_norm. So an
+engine must satisfy the adjoint identity `<u, A v> = <A^T u, v>` on random vectors and agree on one vector with
+another engine. What was proved for a module is remembered, so that measuring it at the next step does not pay again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torch_rmt.operators.engines import Block, Differentiable, Products, Tensors, batched, stacked
+
+Engine = tuple[str, Callable[[Differentiable, Block], Products]]
+# Engines that run plain autograd: a checkpointed forward pass that runs again must see plain tensors, so no vmap.
+_LOOPED = ("double backward", "central differences")
+_BLOCKS: dict[str, Block] = {"vmap": batched, "loop": stacked}
+
+
+class EngineError(RuntimeError):
+    """No engine could differentiate the model; the message lists what each said."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine chosen, how blocks are run, and the proof in words."""
+
+    engine: str
+    block: str
+    proof: str
+
+    def __str__(self) -> str:
+        return f"{self.engine} ({self.proof})"
+
+
+_proved: weakref.WeakKeyDictionary[nn.Module, dict[object, Choice]] = weakref.WeakKeyDictionary()
+
+
+def climb(
+    f: Differentiable, engines: Sequence[Engine], module: nn.Module, key: object
+) -> tuple[Products, Choice]:
+    """Prepare products with the first engine that runs and is confirmed by another.
+
+    Raises:
+        EngineError: no engine runs, or no two agree; with what each of them said.
+    """
+    known = _proved.setdefault(module, {}).get(key)
+    if known is not None:
+        try:
+            return dict(engines)[known.engine](f, _BLOCKS[known.block]), known
+        except (RuntimeError, NotImplementedError, TypeError):
+            del _proved[module][key]
+    refusals: list[str] = []
+    prepared: list[tuple[str, Products, Tensor]] = []
+    direction = _direction(f)
+    for name, engine in engines:
+        try:
+            products = engine(f, stacked)
+            image = _flat(products.push(direction))
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except (RuntimeError, NotImplementedError, TypeError, FloatingPointError) as problem:
+            refusals.append(
+                f"{name}: {str(problem).strip().splitlines()[0] if str(problem) else type(problem).__name__}"
+            )
+            continue
+        if not torch.isfinite(image).all():
+            refusals.append(f"{name}: the product is not finite")
+            continue
+        if _adjoint_gap(f, products, direction) > _adjoint_tolerance(f, name):
+            refusals.append(f"{name}: silently wrong here, the adjoint identity fails")
+            continue
+        for other, first, reference in prepared:
+            gap, allowed = _gap(reference, image), _tolerance(f, other, name)
+            if gap <= allowed:
+                choice = Choice(other, "loop", f"agrees with {name} to {gap:.0e}")
+                return _with_blocks(f, dict(engines)[other], first, choice, direction, reference, module, key)
+            refusals.append(f"{other} and {name} differ by {gap:.1e}")
+        prepared.append((name, products, image))
+    if len(prepared) == 1:
+        name, products, image = prepared[0]
+        choice = Choice(name, "loop", "no second engine runs; the adjoint identity holds")
+        return _with_blocks(f, dict(engines)[name], products, choice, direction, image, module, key)
+    raise EngineError(
+        f"{type(module).__name__} cannot be differentiated reliably: "
+        + "; ".join(refusals)
+        + ". Remedies: use ops that "
+        "can be differentiated twice (attention on the MATH kernel, no EmbeddingBag, use_reentrant=False), or measure "
+        "the part of the network that can (params=..., source=..., target=...)"
+    )
+
+
+def _with_blocks(
+    f: Differentiable,
+    engine: Callable[[Differentiable, Block], Products],
+    products: Products,
+    choice: Choice,
+    direction: Tensors,
+    image: Tensor,
+    module: nn.Module,
+    key: object,
+) -> tuple[Products, Choice]:
+    """Use vmap over blocks where it runs and gives what the loop gave."""
+    if choice.engine in _LOOPED:
+        _proved.setdefault(module, {})[key] = choice
+        return products, choice
+    try:
+        quick = engine(f, batched)
+        pair = tuple(torch.stack((v, -2.0 * v)) for v in (t[0] for t in direction))
+        both = torch.cat([t.reshape(2, -1) for t in quick.push(pair)], dim=1)
+        if _gap(torch.stack((image, -2.0 * image)), both) <= _tolerance(f, choice.engine, choice.engine):
+            products, choice = quick, Choice(choice.engine, "vmap", choice.proof)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (RuntimeError, NotImplementedError, TypeError):
+        pass
+    _proved.setdefault(module, {})[key] = choice
+    return products, choice
+
+
+def _direction(f: Differentiable) -> Tensors:
+    generator = torch.Generator(device=f.point[0].device).manual_seed(0)
+    return tuple(
+        torch.randn((1, *p.shape), generator=generator, dtype=p.dtype, device=p.device) for p in f.point
+    )
+
+
+def _flat(block: Tensors) -> Tensor:
+    return torch.cat([t.flatten() for t in block])
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    scale = max(float(a.norm()), float(b.norm()))
+    return float((a - b).norm()) / scale if scale > 0 else 0.0
+
+
+def _tolerance(f: Differentiable, one: str, other: str) -> float:
+    double = f.point[0].dtype == torch.float64
+    if "central differences" in (one, other):
+        return 1e-3 if double else 3e-2
+    return 1e-8 if double else 2e-3
+
+
+def _adjoint_gap(f: Differentiable, products: Products, v: Tensors) -> float:
+    image = products.push(v)
+    generator = torch.Generator(device=image[0].device).manual_seed(1)
+    u = tuple(torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for t in image)
+    back = products.pull(u)
+    left = sum(float((a.double() * b.double()).sum()) for a, b in zip(u, image, strict=True))
+    right = sum(float((a.double() * b.double()).sum()) for a, b in zip(back, v, strict=True))
+    # A random u meets a random error of size e in |u| e / sqrt(n), so that is the unit, not |u| |Av|.
+    a, b = _flat(u), _flat(image)
+    scale = max(float(a.norm() * b.norm()) / a.numel() ** 0.5, abs(left))
+    return abs(left - right) / scale if scale > 0 else 0.0
+
+
+def _adjoint_tolerance(f: Differentiable, name: str) -> float:
+    double = f.point[0].dtype == torch.float64
+    if name == "central differences":
+        return 1e-2 if double else 0.2
+    return 1e-7 if double else 2e-2
