@@ -55,7 +55,7 @@ def lanczos(
         if reorthogonalise
         else None
     )
-    q, lengths = _unit(start, torch.zeros(probes, device=operator.device, dtype=torch.float64))
+    q, lengths = unit(start, torch.zeros(probes, device=operator.device, dtype=torch.float64))
     previous = torch.zeros_like(q)
     beta = torch.zeros_like(lengths)
     scale = torch.zeros_like(lengths)
@@ -65,13 +65,13 @@ def lanczos(
             basis[:, step] = q.T
         w = operator.matmat(q).detach()
         w = w - previous * beta.to(w.dtype)
-        alpha = _dots(q, w)
+        alpha = dots(q, w)
         w = w - q * alpha.to(w.dtype)
         if basis is not None:
-            w = _orthogonal_to(basis[:, : step + 1], w)
+            w = orthogonal_to(basis[:, : step + 1], w)
         scale = torch.maximum(scale, alpha.abs() + beta)
         previous = q
-        q, beta = _unit(w, 10.0 * eps * scale)
+        q, beta = unit(w, 10.0 * eps * scale)
         alphas.append(alpha)
         betas.append(beta)
     table = torch.stack([torch.stack(alphas), torch.stack(betas)]).transpose(1, 2)
@@ -110,24 +110,26 @@ def tridiagonal_matrices(
     return matrices
 
 
-def _dots(left: Float[Tensor, "dim probes"], right: Float[Tensor, "dim probes"]) -> Float[Tensor, " probes"]:
+def dots(left: Float[Tensor, "dim probes"], right: Float[Tensor, "dim probes"]) -> Float[Tensor, " probes"]:
+    """Inner product of each pair of columns, accumulated in float64."""
     return (left * right).sum(dim=0, dtype=torch.float64)
 
 
-def _unit(
+def unit(
     vectors: Float[Tensor, "dim probes"], floor: Float[Tensor, " probes"]
 ) -> tuple[Float[Tensor, "dim probes"], Float[Tensor, " probes"]]:
     """Columns divided by their lengths; a column not longer than its floor becomes zero, its length too."""
-    lengths = column_norms(vectors).double()
+    lengths = column_norms(vectors)
     alive = ~(lengths <= floor)  # NaN counts as alive, so that it is seen at the end
     lengths = torch.where(alive, lengths, 0.0)
     safe = torch.where(alive, lengths, 1.0).to(vectors.dtype)
     return torch.where(alive, vectors / safe, 0.0), lengths
 
 
-def _orthogonal_to(
+def orthogonal_to(
     basis: Float[Tensor, "probes steps dim"], vectors: Float[Tensor, "dim probes"]
 ) -> Float[Tensor, "dim probes"]:
+    """Take out of each probe's column its components along that probe's basis, twice."""
     columns = vectors.T.unsqueeze(2)
     for _ in range(2):
         columns = columns - basis.transpose(1, 2) @ (basis @ columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
@@ -23,12 +23,12 @@ def sphere(
     """
     draw = torch.float64 if dtype == torch.float64 else torch.float32
     vectors = torch.randn(dim, count, generator=generator, device=generator.device, dtype=draw)
-    return (vectors / column_norms(vectors)).to(device=device, dtype=dtype)
+    return (vectors / column_norms(vectors).to(draw)).to(device=device, dtype=dtype)
 
 
-def column_norms(vectors: Float[Tensor, "dim count"]) -> Float[Tensor, " count"]:
-    """Euclidean norm of each column, accumulated wide enough to neither overflow nor stall."""
-    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=0)
+def column_norms(vectors: Float[Tensor, "dim count"]) -> Float64[Tensor, " count"]:
+    """Euclidean norm of each column in float64, so that it neither overflows nor stalls."""
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
     return lengths
 
 

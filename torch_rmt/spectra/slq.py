@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.spectra.gram import Gram
+from torch_rmt.spectra.golub_kahan import golub_kahan, squared_gauss_rule
 from torch_rmt.spectra.lanczos import gauss_rule, lanczos
 from torch_rmt.spectra.probes import require_size, sphere
 from torch_rmt.spectra.spectrum import Spectrum
@@ -52,8 +52,8 @@ class SLQ:
     def __call__(self, operator: LinearOperator, generator: torch.Generator) -> Spectrum:
         """Measure the operator; probes come from `generator` alone."""
         columns = require_size(operator)
-        target = operator if operator.symmetric else _smaller_gram(operator)
-        dim = target.shape[0]
+        target = operator if operator.shape[1] <= operator.shape[0] else operator.adjoint()
+        dim = target.shape[1]
         steps = min(self.depth, dim)
         full = self.reorthogonalise
         if full is None:
@@ -65,7 +65,10 @@ class SLQ:
         for first in range(0, self.probes, block):
             count = min(block, self.probes - first)
             start = sphere(dim, count, generator, device=operator.device, dtype=operator.dtype)
-            values, masses = gauss_rule(lanczos(target, start, steps, reorthogonalise=full))
+            if operator.symmetric:
+                values, masses = gauss_rule(lanczos(target, start, steps, reorthogonalise=full))
+            else:
+                values, masses = squared_gauss_rule(golub_kahan(target, start, steps, reorthogonalise=full))
             nodes.append(values)
             weights.append(masses)
         spectrum = Spectrum(
@@ -78,11 +81,6 @@ class SLQ:
             symmetric=operator.symmetric,
         )
         return spectrum if operator.symmetric else _with_zeros(spectrum, columns)
-
-
-def _smaller_gram(operator: LinearOperator) -> LinearOperator:
-    rows, columns = operator.shape
-    return Gram(operator if columns <= rows else operator.adjoint())
 
 
 def _with_zeros(spectrum: Spectrum, columns: int) -> Spectrum:

@@ -124,7 +124,8 @@ class Spectrum:
             place = np.searchsorted(nodes[order], flat, side="right")
             outside = (place == 0) | (place == len(nodes))
             total += np.where(outside, 0.0, 0.5 * (padded[place] + padded[place + 1]))
-        return (total / (self.probes * np.sqrt(12.0))).reshape(points.shape)
+        resolution: Float[np.ndarray, ...] = total / (self.probes * np.sqrt(12.0))
+        return resolution.reshape(points.shape)
 
     def _sampled(self) -> tuple[slice, float, int]:
         """Columns that were sampled, their share of the mass, and how many eigenvalues they stand for."""
@@ -154,4 +155,5 @@ def _cdf(
 ) -> Float[np.ndarray, ...]:
     order = np.argsort(nodes)
     cumulative = np.concatenate(([0.0], np.cumsum(weights[order])))
-    return np.minimum(cumulative, 1.0)[np.searchsorted(nodes[order], x, side="right")]
+    places = np.searchsorted(nodes[order], x, side="right")
+    return np.asarray(np.minimum(cumulative, 1.0)[places], dtype=np.float64)

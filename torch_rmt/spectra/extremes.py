@@ -1,0 +1,251 @@
+"""Extreme eigenpairs with checked residuals, by thick-restart block Lanczos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_rmt.operators.base import LinearOperator
+from torch_rmt.spectra.gram import Gram
+from torch_rmt.spectra.probes import column_norms, require_finite, require_size, sphere
+
+End = Literal["magnitude", "largest", "smallest", "both"]
+
+_BASIS = 64  # vectors kept at most, found by tuning: more cost more in orthogonalisation than they save
+_BASIS_BYTES = 2**31
+_PRODUCTS_BETWEEN_LOOKS = 8  # the device is read only this often
+
+
+@dataclass(frozen=True)
+class ExtremeEigenvalues:
+    """Eigenpairs at the ends of a spectrum, each with a bound that was computed from a fresh product.
+
+    Fields:
+        values: Rayleigh quotients, in the order asked for.
+        residuals: |A x - value x|; each interval value +- residual holds an eigenvalue of a symmetric A.
+        vectors: unit eigenvectors, as columns (right singular vectors where A is not symmetric).
+        matvecs: products spent, those of the final check among them; one with A^T A counts as two.
+        converged: whether every residual is within the tolerance.
+        advice: what to do if not; empty otherwise.
+    """
+
+    values: Float[np.ndarray, " k"]
+    residuals: Float[np.ndarray, " k"]
+    vectors: Float[Tensor, "dim k"]
+    matvecs: int
+    converged: bool
+    advice: str = ""
+
+
+def top_eigenvalues(
+    operator: LinearOperator,
+    k: int,
+    generator: torch.Generator,
+    *,
+    tolerance: float = 1e-3,
+    end: End = "magnitude",
+    block: int = 1,
+    max_matvecs: int | None = None,
+) -> ExtremeEigenvalues:
+    """Find the k eigenvalues largest in magnitude (or at an end), to |A x - value x| <= tolerance |value|.
+
+    Block Lanczos with full reorthogonalisation, restarted with the best Ritz vectors (Wu and Simon 2000), so
+    that no eigenvalue is reported twice and pairs +-value are told apart. A multiple eigenvalue is found as
+    often as `block` has columns; more cost more products. For A that is not symmetric the values are those
+    of A^T A, the squared singular values. The residuals returned come from products of their own, and
+    rounding bounds the tolerance from below.
+
+    Args:
+        operator: what to measure.
+        k: how many.
+        generator: for the start vectors.
+        tolerance: relative, on the residual.
+        end: "magnitude"; "largest" or "smallest" algebraically; "both": the k largest, then the k smallest.
+        block: columns a product; at least the multiplicity looked for.
+        max_matvecs: give up beyond; the result then says converged=False. Default 40 times the basis.
+
+    Raises ValueError for k or `block` below one or above the dimension, or products that are not finite.
+
+    >>> from torch_rmt.spectra import DenseOperator
+    >>> operator = DenseOperator(torch.diag(torch.tensor([-3.0, 1.0, 2.0, 0.5])), symmetric=True)
+    >>> top_eigenvalues(operator, 2, torch.Generator().manual_seed(0)).values.round(3).tolist()
+    [-3.0, 2.0]
+    """
+    target = operator if operator.symmetric else Gram(operator)
+    price = 1 if operator.symmetric else 2
+    dim = require_size(operator)
+    wanted = 2 * k if end == "both" else k
+    if k < 1 or wanted > dim or not 1 <= block <= dim:
+        raise ValueError(
+            f"cannot find {wanted} eigenvalues in blocks of {block} of an operator of dimension {dim}"
+        )
+    room = max(2 * wanted + 2 * block, min(_BASIS, _BASIS_BYTES // (dim * operator.dtype.itemsize)))
+    room = min(dim, room)
+    limit = (40 * room if max_matvecs is None else max_matvecs) // price
+    search = _Search(target, room, block, generator)
+    spent = wanted * price  # the final check
+    while True:
+        advanced = search.expand(max(1, _PRODUCTS_BETWEEN_LOOKS // block))
+        values, vectors, residuals = search.ritz_pairs()
+        best = _best(values, min(wanted, len(values)), end)
+        slack = search.slack(values[best], tolerance)
+        done = len(best) == wanted and bool((residuals[best] <= slack).all())
+        exhausted = search.products + search.block > limit or advanced == 0
+        if done or exhausted or search.complete:
+            break
+        if search.full:
+            keep = min(max(wanted + 2 * block, room // 2), room - 2 * block)
+            search.restart(vectors[:, _best(values, keep, end)])
+    return _checked(target, search, vectors[:, best], tolerance, search.products * price + spent, end)
+
+
+class _Search:
+    """An orthonormal basis that grows by products, and the operator's projection onto it.
+
+    Rows of `basis` are q_1..q_filled, followed by the block whose products come next. All is scaled by the
+    length of the first product, so that thresholds have a meaning for tiny operators too.
+    """
+
+    def __init__(self, operator: LinearOperator, room: int, block: int, generator: torch.Generator) -> None:
+        self.operator, self.room, self.block = operator, room, block
+        dim, device, dtype = operator.shape[1], operator.device, operator.dtype
+        self.basis = torch.zeros(room + block, dim, device=device, dtype=dtype)
+        self.projection = torch.zeros(room + block, room + block, device=device, dtype=torch.float64)
+        self.coupling = torch.zeros(block, block, device=device, dtype=torch.float64)
+        self.scale = torch.ones((), device=device, dtype=torch.float64)
+        # Noise just above rounding, turned a little at every step: where an invariant subspace is found it
+        # alone remains, and the search goes on in a new random direction without asking the device.
+        noise = 30.0 * torch.finfo(dtype).eps
+        self.noise = sphere(dim, block, generator, device=device, dtype=dtype) * noise
+        self.basis[:block] = torch.linalg.qr(sphere(dim, block, generator, device=device, dtype=dtype)).Q.T
+        self.filled = 0
+        self.products = 0
+
+    @property
+    def full(self) -> bool:
+        """No room for another block."""
+        return self.filled + self.block > self.room
+
+    @property
+    def complete(self) -> bool:
+        """The basis spans the whole space."""
+        return self.filled >= self.operator.shape[1]
+
+    def expand(self, blocks: int) -> int:
+        """Multiply up to so many blocks; returns how many there was room for."""
+        done = 0
+        while done < blocks and not self.full:
+            self._step()
+            done += 1
+        return done
+
+    def _step(self) -> None:
+        first, last = self.filled, self.filled + self.block
+        w = self.operator.matmat(self.basis[first:last].T).detach()
+        if self.products == 0:
+            length = column_norms(w).max()
+            self.scale = torch.where(length > 0, length, torch.ones_like(length))
+        w = w / self.scale.to(w.dtype)
+        known = self.basis[:last]
+        coefficients = known @ w
+        w = w - known.T @ coefficients
+        w = w + self.noise.roll(self.products, dims=0)
+        q, r = torch.linalg.qr(w)
+        # A second pass on the unit vectors: it mends columns that nearly vanished in the first.
+        again = known @ q
+        q, r_again = torch.linalg.qr(q - known.T @ again)
+        coefficients = coefficients.double() + (again @ r).double()
+        self.projection[:last, first:last] = coefficients
+        self.projection[first:last, :last] = coefficients.T
+        self.coupling = (r_again @ r).double()
+        self.products += self.block
+        self.filled = last
+        self.basis[last : last + self.block] = q.T
+
+    def ritz_pairs(
+        self,
+    ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, "m m"], Float[np.ndarray, " m"]]:
+        """Ritz values in units of the scale, coordinates of their vectors, lengths of their residuals."""
+        m = self.filled
+        require_finite(self.projection[:m, :m], self.operator)
+        projection = self.projection[:m, :m].cpu().numpy()
+        values, vectors = np.linalg.eigh(0.5 * (projection + projection.T))
+        tail = self.coupling.cpu().numpy() @ vectors[m - self.block :]
+        return values, vectors, np.linalg.norm(tail, axis=0)
+
+    def slack(self, values: Float[np.ndarray, " k"], tolerance: float) -> Float[np.ndarray, " k"]:
+        """Largest admissible residual of each Ritz value in units of the scale: tolerance or rounding."""
+        floor = (
+            100.0 * torch.finfo(self.operator.dtype).eps * max(1.0, float(np.abs(values).max(initial=0.0)))
+        )
+        slack: Float[np.ndarray, " k"] = np.maximum(tolerance * np.abs(values), floor)
+        return slack
+
+    def restart(self, coordinates: Float[np.ndarray, "m kept"]) -> None:
+        """Keep only the span of some Ritz vectors, and the block that comes next."""
+        kept = coordinates.shape[1]
+        turn = torch.from_numpy(coordinates.T.copy()).to(self.basis)
+        following = self.basis[self.filled : self.filled + self.block].clone()
+        diagonal = coordinates.T @ self.projection[: self.filled, : self.filled].cpu().numpy() @ coordinates
+        self.basis[:kept] = turn @ self.basis[: self.filled]
+        self.basis[kept : kept + self.block] = following
+        self.projection.zero_()
+        self.projection[:kept, :kept] = torch.from_numpy(diagonal).to(self.projection)
+        self.filled = kept
+
+
+def _best(values: Float[np.ndarray, " m"], count: int, end: End) -> np.ndarray:
+    """Places of the `count` most wanted Ritz values, most wanted first."""
+    if end == "magnitude":
+        return np.argsort(-np.abs(values), kind="stable")[:count]
+    order = np.argsort(-values, kind="stable")
+    if end == "largest":
+        return order[:count]
+    if end == "smallest":
+        return order[::-1][:count]
+    top = (count + 1) // 2
+    return np.concatenate([order[:top], order[::-1][: count - top]])
+
+
+def _checked(
+    operator: LinearOperator,
+    search: _Search,
+    coordinates: Float[np.ndarray, "m k"],
+    tolerance: float,
+    matvecs: int,
+    end: End,
+) -> ExtremeEigenvalues:
+    """Turn Ritz pairs into a result whose values and residuals come from products of their own."""
+    turn = torch.from_numpy(coordinates.T.copy()).to(search.basis)
+    vectors = (turn @ search.basis[: search.filled]).T
+    vectors = vectors / column_norms(vectors).to(vectors.dtype)
+    images = operator.matmat(vectors).detach()
+    require_finite(images, operator)
+    quotients = (vectors.double() * images.double()).sum(dim=0)
+    left = column_norms(images.double() - vectors.double() * quotients)
+    values, residuals = torch.stack([quotients, left]).cpu().numpy()
+    scale = float(search.scale)
+    slack = search.slack(values / scale, tolerance) * scale
+    order = _best(values, len(values), end)
+    converged = bool((residuals <= 1.1 * slack).all())
+    advice = (
+        ""
+        if converged
+        else (
+            f"{int((residuals > 1.1 * slack).sum())} of {len(values)} residuals are above {tolerance:g} of "
+            "their value: allow more max_matvecs, a wider tolerance, fewer eigenvalues, or float64"
+        )
+    )
+    return ExtremeEigenvalues(
+        values=values[order],
+        residuals=residuals[order],
+        vectors=vectors[:, torch.from_numpy(order.copy()).to(vectors.device)],
+        matvecs=matvecs,
+        converged=converged,
+        advice=advice,
+    )
