@@ -3,15 +3,31 @@
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.classical import Arcsine, MarchenkoPastur, Semicircle, free_poisson
 from torch_rmt.measures.composite import Affine, Mixture, affine, dilate
+from torch_rmt.measures.convolution import FreeConvolution, FreeProduct, FreeSum
+from torch_rmt.measures.cumulants import free_cumulants, moments_from_free_cumulants
 from torch_rmt.measures.discrete import Bernoulli, Discrete, PointMass, empirical
+from torch_rmt.measures.free import free_add, free_compress, free_mul, free_power
 from torch_rmt.measures.fuss_catalan import FussCatalan
+from torch_rmt.measures.subordination import ConvergenceError, Subordination
+from torch_rmt.measures.transforms import (
+    eta_transform,
+    inverse_m,
+    inverse_stieltjes,
+    m_transform,
+    r_transform,
+    s_transform,
+)
 
 __all__ = [
     "Affine",
     "Arcsine",
     "Atom",
     "Bernoulli",
+    "ConvergenceError",
     "Discrete",
+    "FreeConvolution",
+    "FreeProduct",
+    "FreeSum",
     "FussCatalan",
     "Interval",
     "MarchenkoPastur",
@@ -19,8 +35,21 @@ __all__ = [
     "PointMass",
     "Semicircle",
     "SpectralMeasure",
+    "Subordination",
     "affine",
     "dilate",
     "empirical",
+    "free_add",
+    "free_compress",
+    "free_cumulants",
+    "free_mul",
     "free_poisson",
+    "free_power",
+    "eta_transform",
+    "inverse_m",
+    "inverse_stieltjes",
+    "m_transform",
+    "moments_from_free_cumulants",
+    "r_transform",
+    "s_transform",
 ]

@@ -52,6 +52,10 @@ class SpectralMeasure(ABC):
         derivative = (-25 * g[0] + 48 * g[1] - 36 * g[2] + 16 * g[3] - 3 * g[4]) / (12j * step)
         return unfold(derivative, below)
 
+    def stieltjes_and_slope(self, z: ArrayLike) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+        """G and G' together; overridden where they share work."""
+        return self.stieltjes(z), self.slope(z)
+
     def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
         """L(z) = integral of log(z - t) rho(dt), so that L' = G and F(x) = 1 - Im L(x + i0) / pi.
 
@@ -74,7 +78,11 @@ class SpectralMeasure(ABC):
 
     def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
         """Distribution function F(x) = mass of (-inf, x], atoms included."""
-        return distribution(self, np.asarray(x, dtype=float))
+        return distribution(self, np.asarray(x, dtype=float), self.bounds())
+
+    def cdf_and_density(self, x: ArrayLike) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+        """F and its density together; overridden where they share work."""
+        return self.cdf(x), self.density(x)
 
     def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
         """Smallest x with F(x) >= p.
@@ -85,13 +93,13 @@ class SpectralMeasure(ABC):
         levels = np.asarray(p, dtype=float)
         if not np.all((levels >= 0) & (levels <= 1)):
             raise ValueError("quantile levels must lie in [0, 1]")
-        return quantiles(self, levels)
+        return quantiles(self, levels, self.bounds())
 
     def moment(self, k: int) -> float:
         """Moment m_k = integral of t^k rho(dt), by a contour integral of z^k G(z) around the support."""
         if k < 0:
             raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
-        return 1.0 if k == 0 else contour_moment(self, k)
+        return 1.0 if k == 0 else contour_moment(self, k, self.bounds())
 
     @property
     def mean(self) -> float:

@@ -61,6 +61,20 @@ class Discrete(SpectralMeasure):
         """G'(z) = -sum_i weights_i / (z - nodes_i)^2."""
         return -self._sum(z, 2)
 
+    def stieltjes_and_slope(self, z: ArrayLike) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+        """Both sums from one table of inverses."""
+        points = np.asarray(z, dtype=complex)
+        flat = points.ravel()
+        g, slope = np.empty_like(flat), np.empty_like(flat)
+        rows = max(1, _BLOCK // self.nodes.size)
+        with np.errstate(all="ignore"):
+            for i in range(0, flat.size, rows):
+                inverse = 1.0 / (flat[i : i + rows, None] - self.nodes)
+                g[i : i + rows] = inverse @ self.weights
+                inverse *= inverse
+                slope[i : i + rows] = -(inverse @ self.weights)
+        return g.reshape(points.shape), slope.reshape(points.shape)
+
     def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
         """L(z) = sum_i weights_i log(z - nodes_i)."""
         points, below = fold(z)

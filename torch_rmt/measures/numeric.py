@@ -19,20 +19,20 @@ class Transformed(Protocol):
     def stieltjes(self, z: ArrayLike) -> np.ndarray: ...
     def log_potential(self, z: ArrayLike) -> np.ndarray: ...
     def cdf(self, x: ArrayLike) -> np.ndarray: ...
-    def density(self, x: ArrayLike) -> np.ndarray: ...
+    def cdf_and_density(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray]: ...
     def bounds(self) -> tuple[float, float]: ...
     def atoms(self) -> tuple[tuple[float, float], ...]: ...
 
 
-def _circle(measure: Transformed, stretch: float) -> tuple[float, float]:
-    low, high = measure.bounds()
+def _circle(hull: tuple[float, float], stretch: float) -> tuple[float, float]:
+    low, high = hull
     centre, radius = 0.5 * (low + high), 0.5 * (high - low)
     return centre, stretch * max(radius, 1e-3 * abs(centre), 1e-300)
 
 
-def contour_moment(measure: Transformed, k: int) -> float:
+def contour_moment(measure: Transformed, k: int, hull: tuple[float, float]) -> float:
     """m_k = (1 / 2 pi i) times the integral of z^k G(z) dz around the support, by the trapezoidal rule on a circle."""
-    centre, radius = _circle(measure, 1.5)
+    centre, radius = _circle(hull, 1.5)
     angle = np.pi * (np.arange(_CONTOUR_POINTS) + 0.5) / _CONTOUR_POINTS
     arm = radius * np.exp(1j * angle)
     z = centre + arm
@@ -41,7 +41,7 @@ def contour_moment(measure: Transformed, k: int) -> float:
 
 def potential(measure: Transformed, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
     """Integral of log(z - t) rho(dt) at points of the closed upper half-plane, from the Stieltjes transform alone."""
-    centre, radius = _circle(measure, 8.0)
+    centre, radius = _circle(measure.bounds(), 8.0)
     flat = z.ravel()
     top = np.where(flat.imag > radius, flat.imag, radius)
     far = flat.real + 1j * top
@@ -74,9 +74,11 @@ def _far_potential(
     return np.asarray(log_delta[:, 0] + 0.5 * (upper_part + lower_part).sum(axis=1))
 
 
-def distribution(measure: Transformed, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """F(x) = 1 - Im L(x + i0) / pi, with the ends made exact."""
-    low, high = measure.bounds()
+def distribution(
+    measure: Transformed, x: Float[np.ndarray, "..."], hull: tuple[float, float]
+) -> Float[np.ndarray, "..."]:
+    """F(x) = 1 - Im L(x + i0) / pi, with the ends of the hull made exact."""
+    low, high = hull
     inner = np.asarray((x >= low) & (x < high))
     result = np.where(x < low, 0.0, 1.0)
     if inner.any():
@@ -85,9 +87,11 @@ def distribution(measure: Transformed, x: Float[np.ndarray, "..."]) -> Float[np.
     return np.asarray(result)
 
 
-def quantiles(measure: Transformed, p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def quantiles(
+    measure: Transformed, p: Float[np.ndarray, "..."], hull: tuple[float, float]
+) -> Float[np.ndarray, "..."]:
     """Smallest x with F(x) >= p: Newton steps on F kept inside a shrinking bracket, atoms found by their mass."""
-    low, high = measure.bounds()
+    low, high = hull
     levels = p.ravel()
     result = np.where(levels <= 0.0, low, high)
     open_ = (levels > 0.0) & (levels < 1.0)
@@ -121,12 +125,13 @@ def _invert(measure: Transformed, p: Float[np.ndarray, " n"], low: float, high: 
     active = np.arange(p.size)
     for step in range(200):
         value = x[active]
-        error = np.asarray(measure.cdf(value)) - p[active]
+        reached, density = measure.cdf_and_density(value)
+        error = reached - p[active]
         above = error >= 0
         upper[active] = np.where(above, value, upper[active])
         lower[active] = np.where(above, lower[active], value)
         with np.errstate(all="ignore"):
-            newton = value - error / np.asarray(measure.density(value))
+            newton = value - error / density
         inside = (newton > lower[active]) & (newton < upper[active]) & (step % 4 != 3)
         move = np.where(inside, newton, _split(lower[active], upper[active]))
         small = np.abs(error) <= 2e-15

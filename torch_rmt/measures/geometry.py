@@ -1,0 +1,177 @@
+"""The two kinds of free convolution, written as one system of equations.
+
+With F = 1/G and h(w) = F(w) - w = -M(w)/G(w), a sum of free variables of laws 1..K, the i-th taken n_i times, obeys
+
+    F_i(w_i) = F for all i,   z = F - sum_i n_i h_i(w_i),   hence   w_i = z + sum_j (n_j - [i = j]) h_j(w_j).
+
+With P = (1 + M)/M, lambda = log w and k(w) = log P(w) - lambda = -log(-h(w)), a product obeys the same equations with
+(w, h, F, log z) replaced by (lambda, k, log P, log z). In both cases the right-hand side maps the upper half-plane
+(the strip 0 < Im < pi) to itself, so a solution in the interior is the only one (Denjoy-Wolff; Belinschi and
+Bercovici 2007). In rectangular products the i-th factor lives in another dimension: M_i(w_i) = Lambda_i M.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Complex, Float
+
+from torch_rmt.measures.base import SpectralMeasure
+from torch_rmt.measures.half_plane import fold
+
+_FAR = 100.0  # radii from where the moment series, cut after eight terms, is exact to rounding
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One law in a free convolution and how often it is taken."""
+
+    law: SpectralMeasure
+    count: float = 1.0
+    dimension: float = 1.0  # Lambda_i, only for rectangular products
+
+    @cached_property
+    def radius(self) -> float:
+        """Largest modulus in the law's hull."""
+        return max(abs(end) for end in self.law.bounds())
+
+    @cached_property
+    def moments(self) -> Float[np.ndarray, " 9"]:
+        """Moments 0 to 8."""
+        return np.array([self.law.moment(k) for k in range(9)])
+
+    def shift(self, w: Complex[np.ndarray, " n"]) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
+        """h(w) = 1/G(w) - w and h'(w) on the closed upper half-plane, also far out, where the difference cancels."""
+        with np.errstate(all="ignore"):
+            g, slope = self.law.stieltjes_and_slope(w)
+            h, dh = 1.0 / g - w, -slope / g**2 - 1.0
+            bad = ~(np.isfinite(h) & np.isfinite(dh))
+        if bad.any():  # on an atom, or where G is singular: step off by a hair
+            near = w[bad] + 1e-14j * np.maximum(np.abs(w[bad]), 1e-3 * self.radius)
+            with np.errstate(all="ignore"):
+                g, slope = self.law.stieltjes_and_slope(near)
+                h[bad], dh[bad] = 1.0 / g - near, -slope / g**2 - 1.0
+        far = np.abs(w) > _FAR * self.radius
+        if far.any():
+            h[far], dh[far] = self._far(w[far])
+        return h, dh
+
+    def _far(self, w: Complex[np.ndarray, " n"]) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
+        k = np.arange(1, 9)
+        inverse = 1.0 / w
+        terms = self.moments[1:, None] * inverse ** k[:, None]
+        m, dm = terms.sum(axis=0), -(k[:, None] * terms).sum(axis=0)  # dm = w M'(w)
+        scaled = self.moments[1:, None] * inverse ** (k[:, None] - 1)  # w M without a product of large and small
+        return -scaled.sum(axis=0) / (1 + m), -(m + m**2 + dm) / (1 + m) ** 2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A sum of free variables: coordinates are the points themselves."""
+
+    factors: tuple[Factor, ...]
+    counts: Float[np.ndarray, "k 1"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", np.array([[factor.count] for factor in self.factors]))
+
+    @cached_property
+    def total(self) -> float:
+        """Number of summands, sum of n_i."""
+        return float(self.counts.sum())
+
+    @cached_property
+    def scale(self) -> float:
+        """A length beyond which everything is far away."""
+        spread = [f.count * (f.law.bounds()[1] - f.law.bounds()[0]) for f in self.factors]
+        return float(sum(spread))
+
+    @cached_property
+    def ceiling(self) -> Float[np.ndarray, "k 1"]:
+        """Largest imaginary part of each coordinate."""
+        return np.full((len(self.factors), 1), np.inf)
+
+    def coordinate(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+        """The point itself."""
+        return z
+
+    def point(self, w: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+        """The point itself."""
+        return w
+
+    def length(self, w: Complex[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """Unit in which errors of a coordinate are counted."""
+        return np.asarray(np.maximum(np.abs(w), 1e-3 * self.scale))
+
+    def fields(self, w: Complex[np.ndarray, "k n"]) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
+        """h_i(w_i) and its derivative, one row a law."""
+        h, dh = np.empty_like(w), np.empty_like(w)
+        for i, factor in enumerate(self.factors):
+            h[i], dh[i] = factor.shift(w[i])
+        return h, dh
+
+    def residual(
+        self, zeta: Complex[np.ndarray, " n"], w: Complex[np.ndarray, "k n"], h: Complex[np.ndarray, "k n"]
+    ) -> tuple[Complex[np.ndarray, "k n"], Float[np.ndarray, "k n"] | Complex[np.ndarray, "k n"] | float]:
+        """w_i - zeta - sum_j (n_j - [i = j]) h_j(w_j), and how the common value weighs in each row (1 here)."""
+        if len(self.factors) == 2 and self.total == 2.0:  # no cancellation where one coordinate is huge
+            return w - zeta - h[::-1], 1.0
+        return w + h - (zeta + (self.counts * h).sum(axis=0)), 1.0
+
+
+@dataclass(frozen=True)
+class LogGeometry(Geometry):
+    """A product of free variables: coordinates are logarithms. At most one law may have negative support."""
+
+    @cached_property
+    def scale(self) -> float:
+        """Product of the largest moduli."""
+        return float(np.exp(sum(f.count * np.log(f.radius) for f in self.factors)))
+
+    @cached_property
+    def ceiling(self) -> Float[np.ndarray, "k 1"]:
+        """Coordinates live in the strip 0 <= Im <= pi; beside a law with negative support, up to 2 pi."""
+        signed = np.array([[factor.law.bounds()[0] < 0] for factor in self.factors])
+        return np.where(signed | ~signed.any(), np.pi, 2 * np.pi)
+
+    def coordinate(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+        """Logarithm."""
+        with np.errstate(all="ignore"):
+            return np.asarray(np.log(z))
+
+    def point(self, w: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+        """Exponential; exactly real for coordinates that are."""
+        value = np.exp(w)
+        return np.asarray(np.where(w.imag == 0, value.real, value))
+
+    def length(self, w: Complex[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """Relative errors: one."""
+        return np.ones(w.shape)
+
+    def fields(self, w: Complex[np.ndarray, "k n"]) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
+        """k_i(lambda_i) = -log(-h_i) and its derivative, one row a law."""
+        k, dk = np.empty_like(w), np.empty_like(w)
+        for i, factor in enumerate(self.factors):
+            point = self.point(w[i])
+            folded, below = fold(point)
+            h, dh = factor.shift(folded)
+            minus = np.empty_like(h)
+            minus.real, minus.imag = -h.real, -np.maximum(h.imag, 0.0)
+            with np.errstate(all="ignore"):
+                k[i], dk[i] = -np.log(minus), -folded * dh / h
+            k[i], dk[i] = np.where(below, np.conj(k[i]), k[i]), np.where(below, np.conj(dk[i]), dk[i])
+        return k, dk
+
+    def residual(
+        self, zeta: Complex[np.ndarray, " n"], w: Complex[np.ndarray, "k n"], h: Complex[np.ndarray, "k n"]
+    ) -> tuple[Complex[np.ndarray, "k n"], Float[np.ndarray, "k n"] | Complex[np.ndarray, "k n"] | float]:
+        """As for sums; a factor of another dimension obeys P_i = 1 + (P - 1)/Lambda_i."""
+        base, _ = super().residual(zeta, w, h)
+        dims = np.array([[factor.dimension] for factor in self.factors])
+        if np.all(dims == 1.0):
+            return base, 1.0
+        inverse = np.exp(-(zeta + (self.counts * h).sum(axis=0)))
+        tilt = 1.0 - (1.0 - dims) * inverse
+        return base - np.log(tilt / dims), 1.0 / tilt

@@ -1,0 +1,268 @@
+"""Solver of the subordination equations: Newton, continued from far above the axis down to the point itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Complex, Float
+
+from torch_rmt.measures.geometry import Geometry, LogGeometry
+
+_TOLERANCE = 1e-12  # largest residual of a solution that is handed out
+_INTERIOR = 1e-10  # imaginary part (relative) from which a solution counts as interior, hence unique
+_COARSE = 16  # every so manieth point is solved by continuation, the others start from their neighbours
+
+
+class ConvergenceError(ArithmeticError):
+    """The subordination equations could not be solved to tolerance; the message says where and what to do."""
+
+
+@dataclass(frozen=True)
+class Subordination:
+    """Solution of the subordination equations at n points, for K laws.
+
+    Attributes:
+        points: w_i with G_i(w_i) = G(z) (sums) or M_i(w_i) = Lambda_i M(z) (products), one row a law.
+        coordinates: w_i, or log w_i with 0 <= Im, for products.
+        common: F = 1/G (sums) or log P, P = (1 + M)/M (products).
+        slope: derivative of `common` by z (sums) or by log z (products).
+        residual: largest error of the K equations at each point, relative.
+    """
+
+    points: Complex[np.ndarray, "k n"]
+    coordinates: Complex[np.ndarray, "k n"]
+    common: Complex[np.ndarray, " n"]
+    slope: Complex[np.ndarray, " n"]
+    residual: Float[np.ndarray, " n"]
+
+
+def _is_pair(geometry: Geometry) -> bool:
+    return len(geometry.factors) == 2 and geometry.total == 2.0
+
+
+def _linear_solve(geometry: Geometry, dh: np.ndarray, c: np.ndarray | float, rhs: np.ndarray) -> np.ndarray:
+    """Solve [delta_ij (1 + h_i') - c_i n_j h_j'] d = rhs at every point."""
+    with np.errstate(all="ignore"):
+        if _is_pair(geometry) and np.ndim(c) == 0:
+            determinant = 1.0 - dh[0] * dh[1]
+            return np.asarray(np.stack([rhs[0] + dh[1] * rhs[1], rhs[1] + dh[0] * rhs[0]]) / determinant)
+        inner = geometry.counts * dh / (1.0 + dh)
+        s = (inner * rhs).sum(axis=0) / (1.0 - (inner * c).sum(axis=0))
+        return np.asarray((rhs + c * s) / (1.0 + dh))
+
+
+def stability(geometry: Geometry, dh: np.ndarray, c: np.ndarray | float = 1.0) -> np.ndarray:
+    """1 - (product of slopes of the fixed-point map): positive at the right real solution, zero at an edge."""
+    with np.errstate(all="ignore"):
+        if _is_pair(geometry) and np.ndim(c) == 0:
+            return np.asarray(1.0 - dh[0] * dh[1])
+        return np.asarray(1.0 - (geometry.counts * c * dh / (1.0 + dh)).sum(axis=0))
+
+
+def _reflect(geometry: Geometry, w: np.ndarray) -> np.ndarray:
+    """Bring coordinates back into 0 <= Im <= ceiling."""
+    w = w.copy()
+    w.imag = np.abs(w.imag)
+    w.imag = np.where(w.imag > geometry.ceiling, np.abs(2 * geometry.ceiling - w.imag), w.imag)
+    return w
+
+
+def _newton(
+    geometry: Geometry, zeta: np.ndarray, w: np.ndarray, iterations: int, tolerance: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Newton on the active points; returns w, the relative size of the last step and whether it fell below tolerance."""
+    w = w.copy()
+    size = np.full(zeta.shape, np.inf)
+    active = np.arange(zeta.size)
+    for _ in range(iterations):
+        here = w[:, active]
+        h, dh = geometry.fields(here)
+        rho, c = geometry.residual(zeta[active], here, h)
+        step = _linear_solve(geometry, dh, c, -rho)
+        unit = geometry.length(here)
+        with np.errstate(all="ignore"):
+            relative = np.max(np.abs(step) / unit, axis=0)
+            step = np.where(relative > 0.5, step * (0.5 / relative), step)
+        step = np.where(np.isfinite(step), step, 1e-3j * unit)
+        w[:, active] = _reflect(geometry, here + step)
+        size[active] = np.where(np.isfinite(relative), relative, np.inf)
+        active = active[~(size[active] < tolerance)]
+        if not active.size:
+            break
+    return w, size, size < tolerance
+
+
+def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Relative residual, h' and the common weight at a solution."""
+    h, dh = geometry.fields(w)
+    rho, c = geometry.residual(zeta, w, h)
+    unit = geometry.length(w) + geometry.length(np.broadcast_to(zeta, w.shape))
+    with np.errstate(all="ignore"):
+        # an error of an equation moves its own coordinate by rho / (1 + h'): large slopes forgive
+        return np.max(np.abs(rho) / (unit + np.abs(h) + np.abs(dh) * np.abs(unit)), axis=0), dh, c
+
+
+def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
+    """Decide which candidate solutions at their final points are the right ones; make the real ones exactly real."""
+    residual, dh, _ = _residual(geometry, zeta, w)
+    good = residual < _TOLERANCE
+    floor = np.maximum(zeta.imag, 0.0)
+    unit = geometry.length(w)
+    axis = floor == 0
+    if isinstance(geometry, LogGeometry):
+        axis = axis | (floor == np.pi)
+    inside = np.all(w.imag >= floor - 1e-9 * unit, axis=0) & ~axis
+    inside |= np.all((w.imag > _INTERIOR * unit) & (w.imag < geometry.ceiling - _INTERIOR), axis=0) & axis
+    accepted = good & inside
+    rest = np.flatnonzero(axis & ~inside)
+    if rest.size:
+        real, fine = _real_solution(geometry, zeta[rest], w[:, rest])
+        w = w.copy()
+        w[:, rest[fine]] = real[:, fine]
+        accepted[rest[fine]] = True
+    return w, accepted
+
+
+def _real_solution(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
+    """Polish solutions on the boundary of the half-plane, where the stable one is the right one."""
+
+    def snap(w: np.ndarray) -> np.ndarray:
+        w = w.copy()
+        step = np.pi
+        w.imag = np.round(w.imag / step) * step if isinstance(geometry, LogGeometry) else 0.0
+        return w
+
+    w = snap(w)
+    for _ in range(3):
+        h, dh = geometry.fields(w)
+        rho, c = geometry.residual(zeta, w, h)
+        step = _linear_solve(geometry, dh, c, -rho)
+        unit = geometry.length(w)
+        step = np.where(np.isfinite(step) & (np.abs(step) < 0.1 * unit), step, 0.0)
+        w = snap(w + step)
+    residual, dh, c = _residual(geometry, zeta, w)
+    stable = stability(geometry, dh, c)
+    return w, (residual < _TOLERANCE) & (stable.real > -1e-7) & (np.abs(stable.imag) < 1e-7)
+
+
+def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Continuation from far above each point straight down to it."""
+    scale = geometry.scale
+    height = np.maximum(50.0 * scale, z.imag)
+    current = z.real + 1j * height
+    zeta = np.asarray(geometry.coordinate(current))
+    w = np.broadcast_to(zeta, (len(geometry.factors), z.size)).copy()
+    for _ in range(4):
+        w = w - geometry.residual(zeta, w, geometry.fields(w)[0])[0]
+    w, _, _ = _newton(geometry, zeta, w, 30, 1e-10)
+    ratio = np.full(z.shape, 0.25)
+    log = isinstance(geometry, LogGeometry)
+    jump = 0.02 * (np.abs(z) if log else np.full(z.shape, scale)) + 1e-290
+    done = np.zeros(z.shape, dtype=bool)
+    result = w.copy()
+    for _ in range(400):
+        todo = np.flatnonzero(~done)
+        if not todo.size:
+            break
+        down = np.maximum(height[todo] * ratio[todo], z.imag[todo])
+        final = down <= np.maximum(jump[todo], z.imag[todo])
+        down = np.where(final, z.imag[todo], down)
+        there = z.real[todo] + 1j * down
+        target = np.asarray(geometry.coordinate(there))
+        h, dh = geometry.fields(w[:, todo])
+        c = geometry.residual(zeta[todo], w[:, todo], h)[1]
+        tangent = _linear_solve(geometry, dh, c, c * np.ones_like(w[:, todo]))
+        guess = w[:, todo] + tangent * (target - zeta[todo])
+        bad = ~np.all(np.isfinite(guess) & (guess.imag > 0) & (guess.imag < geometry.ceiling), axis=0)
+        guess[:, bad] = w[:, todo[bad]]
+        new, size, quiet = _newton(geometry, target, guess, 10, 1e-7)
+        ok = quiet & np.all(new.imag >= (1 - 1e-6) * np.minimum(target.imag, np.pi if log else np.inf) - 1e-12, axis=0)
+        if final.any():
+            last = np.flatnonzero(final)
+            fine, _, _ = _newton(geometry, target[last], new[:, last], 30, 1e-14)
+            fine, right = _settle(geometry, target[last], fine)
+            ok[last] = right
+            result[:, todo[last[right]]] = fine[:, right]
+            done[todo[last[right]]] = True
+            jump[todo[last[~right]]] *= 0.02
+            ok[last] = False  # a failed jump goes on from where it was
+        move = todo[ok]
+        w[:, move], zeta[move], height[move] = new[:, ok], target[ok], down[ok]
+        ratio[move] = np.maximum(0.25, ratio[move] ** 1.5)
+        slow = todo[~ok & ~final]
+        ratio[slow] = np.sqrt(ratio[slow])
+    return result, done
+
+
+def _between(x: np.ndarray, anchors: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Linear interpolation of the coordinates between neighbours on the axis."""
+    guess = np.empty((w.shape[0], x.size), dtype=complex)
+    for i in range(w.shape[0]):
+        guess[i].real = np.interp(x, anchors, w[i].real)
+        guess[i].imag = np.interp(x, anchors, w[i].imag)
+    return guess
+
+
+def _solve_axis(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Many points of the axis: some by continuation, the rest from their neighbours, in rounds of halved distance."""
+    order = np.argsort(z.real)
+    sorted_z = z[order]
+    w = np.empty((len(geometry.factors), z.size), dtype=complex)
+    done = np.zeros(z.shape, dtype=bool)
+    anchors = np.unique(np.append(np.arange(0, z.size, _COARSE), z.size - 1))
+    w[:, anchors], done[anchors] = _descend(geometry, sorted_z[anchors])
+    stride = _COARSE
+    while stride > 1:
+        stride //= 2
+        fresh = np.arange(stride, z.size, 2 * stride)
+        fresh = fresh[~done[fresh]]
+        known = np.flatnonzero(done)
+        if not fresh.size or known.size < 2:
+            continue
+        zeta = np.asarray(geometry.coordinate(sorted_z[fresh]))
+        guess = _between(sorted_z.real[fresh], sorted_z.real[known], w[:, known])
+        near, _, _ = _newton(geometry, zeta, guess, 12, 1e-14)
+        near, right = _settle(geometry, zeta, near)
+        w[:, fresh[right]] = near[:, right]
+        done[fresh[right]] = True
+    left = np.flatnonzero(~done)
+    if left.size:
+        w[:, left], done[left] = _descend(geometry, sorted_z[left])
+    back = np.empty_like(order)
+    back[order] = np.arange(order.size)
+    return w[:, back], done[back]
+
+
+def solve(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> Subordination:
+    """Solve the subordination equations at points of the closed upper half-plane (not 0 for products).
+
+    A solution is handed out only with a proof that it is the right one: interior (then it is unique) or real and
+    stable (Denjoy-Wolff), with a residual below 1e-12.
+
+    Raises:
+        ConvergenceError: where this fails.
+    """
+    if z.size > 4 * _COARSE and not np.any(z.imag):
+        w, done = _solve_axis(geometry, z)
+    else:
+        w, done = _descend(geometry, z)
+    if not done.all():
+        retry = np.flatnonzero(~done)  # isolated points where a coordinate is infinite: step aside by rounding
+        aside = z[retry] + 1e-13 * np.maximum(np.abs(z[retry]), 0.0 if isinstance(geometry, LogGeometry) else geometry.scale)
+        w[:, retry], done[retry] = _descend(geometry, aside)
+        z = z.copy()
+        z[retry] = aside
+    if not done.all():
+        where = z[np.flatnonzero(~done)[0]]
+        raise ConvergenceError(
+            f"the subordination equations were not solved at {int((~done).sum())} of {z.size} points, first at z = {where}; "
+            "merge nodes that nearly coincide, or ask at a point further from an edge of the support"
+        )
+    zeta = np.asarray(geometry.coordinate(z))
+    residual, dh, c = _residual(geometry, zeta, w)
+    h, _ = geometry.fields(w)
+    tangent = _linear_solve(geometry, dh, c, c * np.ones_like(w))
+    common = zeta + (geometry.counts * h).sum(axis=0)
+    slope = 1.0 + (geometry.counts * dh * tangent).sum(axis=0)
+    return Subordination(np.asarray(geometry.point(w)), w, common, slope, residual)
