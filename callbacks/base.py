@@ -1,0 +1,256 @@
+"""`SpectralCallback`: when to measure, what it may cost, where to log; what to measure its children say."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_rmt.callbacks.batches import BatchFunction, LossFunction, find_loss, find_model, split_pair
+from torch_rmt.callbacks.blame import failing_module, first_not_finite
+from torch_rmt.callbacks.budget import Budget
+from torch_rmt.callbacks.lightning_base import LightningCallback, defines_forward, logged_step
+from torch_rmt.callbacks.loggers import log_report
+from torch_rmt.callbacks.schedule import Schedule, logarithmic_then_regular
+from torch_rmt.compare import Report
+from torch_rmt.guard import undisturbed
+from torch_rmt.sinks import Sink
+
+
+@dataclass(frozen=True)
+class Point:
+    """What there is to measure at one step of training.
+
+    Fields:
+        model: the network, on its device, in the mode it trains in.
+        inputs, targets: of the batch that is about to be trained on.
+        loss: `loss(output, target) -> scalar`; None where it is not known.
+    """
+
+    model: nn.Module
+    inputs: Any
+    targets: Any
+    loss: LossFunction | None
+
+
+Measurement = Callable[[Point], Sequence[Report]]
+
+
+class SpectralCallback(LightningCallback):
+    """Measures on a schedule, within a budget, without disturbing the run, and logs to every logger.
+
+    A measurement takes place just before a batch is trained on, so that its point at x belongs to the same
+    weights and the same batch as the loss that `self.log` puts at x; step 0 is the initialisation. One more is
+    made when training ends. All processes measure (a model's forward pass may hold collectives), the first logs.
+
+    A measurement that fails warns once, names the layer and a remedy, and training goes on.
+
+    Args:
+        schedule: `step -> bool`, step = optimiser steps done.
+        max_seconds: what measuring may take in all.
+        max_fraction: the share of the run's time that it may take beyond that, where that is more.
+        batch: takes a batch, returns `(inputs, targets)`; the default takes batches that are such pairs.
+        loss: takes `(output, target)`, returns a scalar; the default is the module's attribute `loss_fn`,
+            `criterion`, `loss_func`, `loss_function` or `loss`.
+        model: name of the submodule to measure; the default is the module itself, or its only child with
+            weights where it has no `forward`.
+        sinks: take the reports as well, besides the trainer's loggers.
+
+    Attributes:
+        latest: the newest report of each name.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule = logarithmic_then_regular,
+        max_seconds: float = 60.0,
+        max_fraction: float = 0.05,
+        batch: BatchFunction = split_pair,
+        loss: LossFunction | None = None,
+        model: str | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        if not callable(schedule):
+            raise TypeError(
+                f"schedule must be a function step -> bool, not {schedule!r}; for every 100: regular(100)."
+            )
+        self.schedule = schedule
+        self.budget = Budget(max_seconds, max_fraction)
+        self.batch = batch
+        self.loss = loss
+        self.model = model
+        self.sinks = tuple(sinks)
+        self.latest: dict[str, Report] = {}
+        self._costs: dict[str, float] = {}
+        self._last_step = -1
+        self._last_batch: Any = None
+        self._warned: set[str] = set()
+
+    @abstractmethod
+    def measurements(self, has_loss: bool) -> Mapping[str, Measurement]:
+        """Return what to measure, by name; `has_loss` says whether a `Point` will have one."""
+
+    # Lightning's hooks, in the order in which they are called.
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a trainer that has nowhere to write to."""
+        if stage == "fit" and not trainer.loggers and not self.sinks:
+            raise ValueError(
+                f"{type(self).__name__} has nowhere to write to: give the Trainer a logger, or the callback "
+                "sinks=[JsonLinesSink('spectra.jsonl')]."
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a module without a network to measure or a loss that is needed."""
+        self._model(pl_module)
+        self.measurements(self._loss(pl_module) is not None)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the clock."""
+        self.budget.start()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measure if the schedule says so; with accumulated gradients once a step."""
+        step = logged_step(trainer)
+        self._last_batch = batch
+        if step != self._last_step and self.schedule(step):
+            self._measure(trainer, pl_module, batch, step)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the end of training on the last batch."""
+        step = logged_step(trainer)
+        if step != self._last_step and self._last_batch is not None:
+            self._measure(trainer, pl_module, self._last_batch, step)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the last batch."""
+        self._last_batch = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain numbers."""
+        return {
+            "last_step": self._last_step,
+            "spent": self.budget.spent,
+            "elapsed": self.budget.elapsed,
+            "costs": dict(self._costs),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where the earlier run stopped."""
+        self._last_step = int(state_dict["last_step"])
+        self.budget.spent = float(state_dict["spent"])
+        self.budget.elapsed_before = float(state_dict["elapsed"])
+        self._costs = {str(name): float(cost) for name, cost in state_dict["costs"].items()}
+
+    # What the hooks call.
+
+    def _model(self, module: nn.Module) -> nn.Module:
+        return find_model(module, self.model, has_forward=defines_forward(module))
+
+    def _loss(self, module: nn.Module) -> LossFunction | None:
+        return find_loss(module) if self.loss is None else self.loss
+
+    def _measure(self, trainer: Any, module: nn.Module, batch: Any, step: int) -> None:
+        self._last_step = step
+        model, loss = self._model(module), self._loss(module)
+        for name, measurement in self.measurements(loss is not None).items():
+            if not self._afford(trainer, name):
+                continue
+            before = self.budget.spent
+            with self.budget.charged(), undisturbed(module), _without_logging(module):
+                inputs: Any = None
+                try:
+                    inputs, targets = self.batch(batch)
+                    reports = measurement(Point(model, inputs, targets, loss))
+                except Exception as error:
+                    self._warn_failure(trainer, name, error, model, inputs)
+                else:
+                    self.latest |= {report.name: report for report in reports}
+                    if trainer.is_global_zero:
+                        self._log(trainer, reports, step)
+            self._costs[name] = self.budget.spent - before
+
+    def _afford(self, trainer: Any, name: str) -> bool:
+        allowed = self.budget.affords(self._costs.get(name, 0.0))
+        if trainer.world_size > 1:
+            # Processes that disagree would wait for each other inside the model's collectives.
+            allowed = bool(trainer.strategy.broadcast(allowed))
+        if not allowed:
+            self._warn(
+                trainer,
+                f"budget/{name}",
+                f"skips {name} spectra for now: measuring took {self.budget.spent:.0f} s; raise max_seconds "
+                f"(now {self.budget.seconds:g}) or max_fraction (now {self.budget.fraction:g}), measure less "
+                "often with schedule=, or measure less.",
+            )
+        return allowed
+
+    def _log(self, trainer: Any, reports: Sequence[Report], step: int) -> None:
+        for report in reports:
+            for target in (*trainer.loggers, *self.sinks):
+                try:
+                    if isinstance(target, Sink):
+                        target.write(report, step)
+                    else:
+                        log_report(target, report, step)
+                except Exception as error:
+                    place = type(target).__name__
+                    self._warn(trainer, f"log/{place}", f"could not write to {place}: {_said(error)}")
+
+    def _warn_failure(self, trainer: Any, name: str, error: Exception, model: nn.Module, inputs: Any) -> None:
+        where = failing_module(error, model)
+        if where is None and isinstance(error, (ValueError, ArithmeticError)):
+            where = first_not_finite(model, inputs)
+        place = f"in layer {where!r} of {type(model).__name__}" if where else f"of {type(model).__name__}"
+        self._warn(
+            trainer,
+            name,
+            f"could not measure the {name} spectrum {place}: {_said(error)} Training goes on; this is said "
+            f"once. {_remedy(error, name)}",
+        )
+
+    def _warn(self, trainer: Any, key: str, text: str) -> None:
+        if key not in self._warned and trainer.is_global_zero:
+            warnings.warn(f"{type(self).__name__} {text}", RuntimeWarning, stacklevel=3)
+        self._warned.add(key)
+
+
+@contextmanager
+def _without_logging(module: nn.Module) -> Iterator[None]:
+    """Make `self.log` do nothing: inside a transform it would store tensors that die with the transform."""
+    owners = [m for m in module.modules() if hasattr(m, "log_dict")]
+    names = ("log", "log_dict")
+    for owner in owners:
+        owner.__dict__.update(dict.fromkeys(names, _nothing))
+    try:
+        yield
+    finally:
+        for owner in owners:
+            for name in names:
+                owner.__dict__.pop(name, None)
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _said(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0][:400]
+    return f"{type(error).__name__}: {text}{'' if text.endswith('.') else '.'}"
+
+
+def _remedy(error: Exception, name: str) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "Measure fewer parameters (params=) or a smaller batch (batch=)."
+    if "(inputs, targets)" in str(error):
+        return ""
+    if name == "jacobian":
+        return "Choose other ends with JacobianSpectrum(source=..., target=...), or leave it out."
+    return "If the loss is called otherwise, pass loss=lambda output, target: ...; or leave this out."

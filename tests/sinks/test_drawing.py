@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.sinks.drawn_reports import (
+    all_reports,
+    exact_spectrum,
+    product_of_gaussians,
+    semicircle_with_outlier,
+    wide_gaussian,
+    without_a_law,
+)
+from torch_rmt.compare import Report
+from torch_rmt.compare.distances import numerical_zero
+from torch_rmt.measures import Semicircle
+from torch_rmt.sinks.drawing import Axis, draw
+
+
+@pytest.mark.parametrize("report", all_reports(), ids=lambda r: r.name)
+def test_bars_hold_all_the_mass_that_is_not_zero(report: Report) -> None:
+    drawing = draw(report)
+    nodes, weights = report.spectrum.nodes, report.spectrum.weights / report.spectrum.weights.shape[0]
+    off = 0.0 if report.spectrum.symmetric else float(weights[nodes <= numerical_zero(report.spectrum)].sum())
+    assert off < 1
+    assert (drawing.heights * np.diff(drawing.edges)).sum() == pytest.approx(1 - off, abs=1e-9)
+    assert drawing.low < drawing.edges.mean() < drawing.high
+
+
+@pytest.mark.parametrize(
+    ("report", "mass", "slack"),
+    [
+        (semicircle_with_outlier(), 1.0, 2e-3),
+        (product_of_gaussians(), 1.0, 2e-2),
+        (wide_gaussian(), 0.25, 5e-3),
+    ],
+    ids=["linear", "log", "with atom"],
+)
+def test_area_under_the_curve_is_the_mass_of_the_continuous_part(
+    report: Report, mass: float, slack: float
+) -> None:
+    drawing = draw(report)
+    area = np.trapezoid(drawing.curve_y, drawing.curve_x)
+    assert report.prediction is not None
+    if drawing.axis.scale == "log":
+        # A logarithmic axis ends where eigenvalues cannot be measured any more.
+        mass -= float(report.prediction.measure.cdf(numerical_zero(report.spectrum)))
+    assert area == pytest.approx(mass, abs=slack)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bars_lie_on_the_curve_that_is_their_law(seed: int) -> None:
+    for make in (semicircle_with_outlier, product_of_gaussians, wide_gaussian):
+        drawing = draw(make(seed))
+        centres = 0.5 * (drawing.edges[1:] + drawing.edges[:-1])
+        law = np.interp(centres, drawing.curve_x, drawing.curve_y, left=0.0, right=0.0)
+        gap = np.abs(law - drawing.heights) * np.diff(drawing.edges)
+        assert gap.sum() < 0.12
+
+
+def test_zeros_of_a_wide_matrix_are_told_and_not_drawn() -> None:
+    drawing = draw(wide_gaussian())
+    assert drawing.notes == ("0.75 of the spectrum is 0 to rounding; the law puts 0.75 there",)
+    assert drawing.low > 0 or drawing.axis.scale == "log"
+    assert drawing.atoms == ()
+
+
+def test_scale_follows_the_spread() -> None:
+    assert draw(semicircle_with_outlier()).axis.scale == "linear"
+    assert draw(product_of_gaussians()).axis.scale == "log"
+    indefinite = draw(without_a_law())
+    assert indefinite.axis.scale == "symlog"
+    assert indefinite.logarithmic, "a mass of 1e-5 is invisible on a linear axis"
+
+
+def test_law_with_a_gap_is_not_joined_across_it() -> None:
+    class Two(Semicircle):
+        def support(self) -> tuple[tuple[float, float], ...]:
+            return ((-2.0, -1.0), (1.0, 2.0))
+
+    from torch_rmt.theory import Prediction
+
+    report = Report("x", exact_spectrum(np.array([-1.5, 1.5]), symmetric=True), Prediction(Two()))
+    drawing = draw(report)
+    assert np.isnan(drawing.curve_x).sum() == 1
+    left, right = drawing.curve_x[np.isnan(drawing.curve_x).argmax() + np.array([-1, 1])]
+    assert left <= -1.0
+    assert right >= 1.0
+
+
+@pytest.mark.parametrize("axis", [Axis("linear"), Axis("log"), Axis("symlog", 1e-3)], ids=lambda a: a.scale)
+def test_stretch_is_the_derivative_of_the_coordinate(axis: Axis) -> None:
+    x = np.array([0.01, 0.5, 3.0, 200.0])
+    step = 1e-6 * x
+    slope = (axis.place(x + step) - axis.place(x - step)) / (2 * step)
+    np.testing.assert_allclose(slope * axis.stretch(x), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("axis", "low", "high"),
+    [
+        (Axis("linear"), -2.2, 3.1),
+        (Axis("linear"), 0.99998, 1.00003),
+        (Axis("log"), -23.0, 1.0),
+        (Axis("log"), 0.1, 1.6),
+        (Axis("symlog", 1e-4), -2.5, 4.5),
+    ],
+)
+def test_ticks_are_few_ordered_distinct_and_inside(axis: Axis, low: float, high: float) -> None:
+    ticks = axis.ticks(low, high)
+    places, texts = [p for p, _ in ticks], [t for _, t in ticks]
+    assert 2 <= len(ticks) <= 9
+    assert places == sorted(places)
+    assert len(set(texts)) == len(texts)
+    assert low <= places[0]
+    assert places[-1] <= high
+
+
+def test_degenerate_spectra_can_be_drawn() -> None:
+    for eigenvalues, symmetric in (
+        (np.zeros(5), True),
+        (np.zeros(5), False),
+        (np.full(4, 2.0), False),
+        (np.ones(1), True),
+    ):
+        drawing = draw(Report("x", exact_spectrum(eigenvalues, symmetric=symmetric), None))
+        assert drawing.low < drawing.high
+        assert np.isfinite(drawing.heights).all()
