@@ -14,6 +14,9 @@ import torch
 
 # --- operators: module kinds ----------------------------------------------------------------------------------------
 
+# One function a kind, each returning (module, inputs, targets, loss); they are in tests/operators/module_kinds.py.
+from tests.operators.module_kinds import MODULE_KINDS as MODULE_KINDS  # noqa: E402
+
 # --- spectra: estimators --------------------------------------------------------------------------------------------
 
 #: Prescribed spectra: test matrices are Q diag(values) Q^T with Q Haar.

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch_rmt.guard import undisturbed
 
 _HALF = (torch.float16, torch.bfloat16)
+MASK_SEED = 0x5EED  # dropout draws from this state in every call, so that all products see the same mask
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -124,7 +125,7 @@ class PureModel:
             self.frozen = {n: self._float(p).detach().clone() for n, p in tensors.items() if n not in chosen}
             self.buffers = {n: self._float(b).detach().clone() for n, b in self.module.named_buffers()}
         self.modes = [(m, m.training) for m in self.module.modules()]
-        self.seed = 0x5EED
+        self.seed = MASK_SEED
         self.weight_normed = any(
             type(part).__name__ in ("_WeightNorm", "WeightNorm")
             for m in self.module.modules()
