@@ -44,7 +44,8 @@ class Outlier:
         location: the eigenvalue.
         mass: the share of the spectrum that sits there.
         edge: the end of the law's support that it lies beyond.
-        margin: (distance beyond the edge) / (what noise moves an extreme eigenvalue by); 3 and more is significant.
+        margin: (distance beyond the edge) / (what noise moves an extreme eigenvalue by); 3 and more is
+            significant.
     """
 
     location: float

@@ -1,0 +1,335 @@
+"""`describe`: from a real module to what theory may know of it; the one bridge from torch.nn to theory."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import BuiltinFunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_rmt.forward_graph import ForwardGraph, WeightUse, record
+from torch_rmt.measures import PointMass
+from torch_rmt.stretch import Stretch, stretch_to
+from torch_rmt.theory import Activation, Architecture, Layer, activation_names, as_activation
+
+_GRID = np.linspace(-7.3, 7.3, 401)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A weight with what came before it.
+
+    Fields:
+        use: the weight.
+        before: what lies between it and the weight (or the end) that it follows.
+        activation: the elementwise map of `before`; None for the identity or where it was not understood.
+        parent: index of the link that it follows in `read_links`; None at an input or a gap.
+    """
+
+    use: WeightUse
+    before: Stretch
+    activation: Activation | None
+    parent: int | None
+
+
+def describe(
+    module: nn.Module, example_input: Any, source: str | None = None, target: str | None = None
+) -> Architecture:
+    """Read an `Architecture` off a module by one forward pass: weights, activations, measured sigmas.
+
+    sigma_w^2 = fan-in times the mean square of the weights; sigma_b the root mean square of the biases. A
+    layer is "orthogonal" where W W^T or W^T W is proportional to the identity (for a convolution: the centre
+    tap, all else zero), else "gaussian". A convolution counts its entries, channels times positions, as its
+    width.
+
+    Args:
+        module: any nn.Module; it is left as it was.
+        example_input: a tensor (batch first), a tuple of positional or a dict of keyword arguments.
+        source, target: module names; the chain then runs from the output of the one to the output of the
+            other, as in `operators.Jacobian`. A chain that starts at a pre-activation has a first layer with
+            the identity as its weight. None stands for the input and the output of the network.
+
+    Returns:
+        The chain. With neither end given, the longest stretch that was understood; everything else, with the
+        reason, is in `unknown`.
+
+    Raises:
+        TypeError: not a module, or its output holds no tensor.
+        ValueError: the example is empty, a name does not exist or is not called, or no layer was understood.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> [(layer.name, layer.n_out, layer.activation and layer.activation.name) for layer in
+    ...  describe(net, torch.ones(1, 8)).layers]
+    [('0', 8, 'tanh'), ('2', 2, None)]
+    """
+    graph = record(module, example_input)
+    if source is None and target is None:
+        return _longest_chain(graph)
+    stop = graph.inputs[0] if source is None else _output_number(graph, module, source)
+    end = graph.output if target is None else _output_number(graph, module, target)
+    chain = _chain_between(graph, stop, end)
+    if isinstance(chain, str):
+        first, last = source or "the input", target or "the output"
+        raise ValueError(f"the way from {first} to {last} was not understood: {chain}")
+    return chain
+
+
+def default_ends(module: nn.Module, example_input: Any) -> tuple[str | None, str | None]:
+    """Choose the Jacobian's ends: first and last pre-activation of the longest run of equally wide layers.
+
+    `(None, None)`, input to output, where no two layers of that kind follow each other.
+
+    >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> default_ends(net, torch.ones(1, 3))
+    ('0', '2')
+    """
+    graph = record(module, example_input)
+    links = read_links(graph)
+    named = _names(graph)
+    best: tuple[int, int] = (0, -1)  # length, index of the last
+    length: dict[int, int] = {}
+    for i, link in enumerate(links):
+        length[i] = 1 if link.use.output in named else 0
+        p = link.parent
+        if p is not None and length[i] and length[p]:
+            same = graph.size(links[p].use.output) == graph.size(link.use.output)
+            length[i] += length[p] if same else 0
+        best = max(best, (length[i], i), key=lambda pair: pair[0])
+    run, last = best
+    if run < 2:
+        return None, None
+    first = last
+    for _ in range(run - 1):
+        first = links[first].parent or 0
+    return named[links[first].use.output], named[links[last].use.output]
+
+
+def read_links(graph: ForwardGraph) -> list[Link]:
+    """Every use of a weight in the order of the calls, each with what precedes it."""
+    stops = {use.output for use in graph.weights} | set(graph.inputs)
+    place = {use.output: i for i, use in enumerate(graph.weights)}
+    links = []
+    for use in graph.weights:
+        before = stretch_to(graph, use.input, stops)
+        understood, activation = _activation_of(before)
+        parent = place.get(before.source) if understood.problems == () else None
+        links.append(Link(use, understood, activation, parent))
+    return links
+
+
+def layer_of(
+    graph: ForwardGraph, use: WeightUse, activation: Activation | None, n_in: int | None = None
+) -> Layer:
+    """The theory's layer for a weight and the activation that follows it."""
+    weight = use.weight.double()
+    sigma_w = math.sqrt(float(weight.square().mean()) * use.fan_in)
+    sigma_b = 0.0 if use.bias is None else math.sqrt(float(use.bias.double().square().mean()))
+    return Layer(
+        n_in=graph.size(use.input) if n_in is None else n_in,
+        n_out=graph.size(use.output),
+        activation=activation,
+        sigma_w=sigma_w,
+        sigma_b=sigma_b,
+        ensemble="orthogonal" if _is_orthogonal(use) else "gaussian",
+        name=use.name,
+    )
+
+
+# --- chains
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _longest_chain(graph: ForwardGraph) -> Architecture:
+    links = read_links(graph)
+    stops = {use.output for use in graph.weights} | set(graph.inputs)
+    tail, last_activation = _activation_of(stretch_to(graph, graph.output, stops))
+    if not links:
+        raise ValueError(
+            "no weights were found: describe reads nn.Linear, nn.Conv and the functions behind them"
+        )
+    depth: list[int] = []
+    for link in links:
+        depth.append(1 + (depth[link.parent] if link.parent is not None else 0))
+    index: int | None = max(range(len(links)), key=lambda i: (depth[i], i))
+    path: list[int] = []
+    while index is not None:
+        path.insert(0, index)
+        index = links[index].parent
+    activations = [links[i].activation for i in path[1:]]
+    ends_the_net = not tail.problems and tail.source == links[path[-1]].use.output
+    activations.append(last_activation if ends_the_net else None)
+    layers: list[Layer] = []
+    for i, activation in zip(path, activations, strict=True):
+        n_in = layers[-1].n_out if layers else None
+        if n_in is None and not links[i].before.problems:
+            n_in = graph.size(links[i].before.source)
+        layers.append(layer_of(graph, links[i].use, activation, n_in))
+    first = links[path[0]]
+    second_moment = graph.mean_square.get(first.use.input)
+    unknown = [p for link in links for p in (*link.before.problems, *link.before.notes)]
+    unknown += [*tail.problems, *tail.notes]
+    unknown += [f"{links[i].use.name}: {links[i].use.note}" for i in path if links[i].use.note]
+    inside = {links[i].use.name for i in path}
+    unknown += [f"{link.use.name}: outside the chain" for link in links if link.use.name not in inside]
+    if first.activation is not None and not first.before.problems:
+        unknown.append(f"{first.use.name}: the input passes through {first.activation.name} first")
+    return Architecture(tuple(layers), second_moment, tuple(dict.fromkeys(unknown)))
+
+
+def _chain_between(graph: ForwardGraph, start: int, end: int) -> Architecture | str:
+    stops = {use.output for use in graph.weights} | set(graph.inputs) | {start}
+    found: list[tuple[WeightUse, Activation | None]] = []
+    notes: list[str] = []
+    current = end
+    while True:
+        before, activation = _activation_of(stretch_to(graph, current, stops))
+        notes += before.notes
+        if before.problems:
+            return "; ".join(before.problems)
+        use = graph.weight_of(before.source)
+        if before.source == start:
+            break
+        if use is None:
+            return "the source does not lie on the way to the target"
+        if use.note:
+            notes.append(f"{use.name}: {use.note}")
+        found.insert(0, (use, activation))
+        current = use.input
+    width = graph.size(start)
+    second_moment = graph.mean_square.get(start)
+    layers: list[Layer] = []
+    if activation is not None:
+        one = Layer(width, width, activation, 1.0, ensemble=PointMass(1.0), q=second_moment, name="source")
+        layers.append(one)
+    for use, following in found:
+        layers.append(layer_of(graph, use, following, layers[-1].n_out if layers else width))
+    if not layers:
+        return "source and target are the same place"
+    return Architecture(tuple(layers), second_moment, tuple(dict.fromkeys(notes)))
+
+
+def _output_number(graph: ForwardGraph, module: nn.Module, name: str) -> int:
+    if name in graph.module_output:
+        return graph.module_output[name]
+    names = [n for n, _ in module.named_modules() if n]
+    if name in names:
+        raise ValueError(f"module {name!r} returns no tensor or is not called in this forward pass")
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+    raise ValueError(
+        f"no module is called {name!r}; nearest: {', '.join(map(repr, near)) or 'there are none'}"
+    )
+
+
+def _names(graph: ForwardGraph) -> dict[int, str]:
+    """Module names by the number of their output; the outermost of several, the network itself left out."""
+    names: dict[int, str] = {}
+    for name, number in graph.module_output.items():
+        if name and (number not in names or len(name) < len(names[number])):
+            names[number] = name
+    return names
+
+
+def _is_orthogonal(use: WeightUse) -> bool:
+    """Whether W W^T or W^T W is a multiple of the identity, by its action on four random vectors."""
+    weight = use.weight.double()
+    if use.kind == "conv":
+        centre = tuple(k // 2 for k in weight.shape[2:])
+        index: tuple[slice | int, ...] = (slice(None), slice(None), *centre)
+        tap = weight[index]
+        if use.groups > 1 or float(weight.square().sum() - tap.square().sum()) > 1e-6 * float(
+            tap.square().sum()
+        ):
+            return False
+        weight = tap
+    if weight.shape[0] > weight.shape[1]:
+        weight = weight.T
+    probes = torch.randn(weight.shape[0], 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probes = probes.to(weight.device)
+    image = weight @ (weight.T @ probes)
+    scale = float((image * probes).sum() / probes.square().sum())
+    return scale > 0 and float((image - scale * probes).norm()) < 1e-3 * scale * float(probes.norm())
+
+
+# --- activations
+# ----------------------------------------------------------------------------------------------------
+
+
+def from_torch(function: Callable[[Tensor], Tensor], name: str | None = None) -> Activation:
+    """Wrap an elementwise torch function; value and derivative in float64, the derivative by autograd.
+
+    A function that equals one that theory knows by name becomes that one, with its closed forms.
+    """
+
+    def value(h: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            out = function(torch.tensor(np.asarray(h, dtype=np.float64)))
+        return np.asarray(out.numpy(), dtype=np.float64)
+
+    def derivative(h: np.ndarray) -> np.ndarray:
+        with torch.enable_grad():
+            t = torch.tensor(np.asarray(h, dtype=np.float64), requires_grad=True)
+            (slope,) = torch.autograd.grad(function(t).sum(), t)
+        return np.asarray(slope.numpy(), dtype=np.float64)
+
+    here = value(_GRID)
+    for known, there in _known_values().items():
+        if np.allclose(here, there, rtol=1e-9, atol=1e-11):
+            return as_activation(known)
+    numeric = as_activation(value)  # checks it, finds the kinks
+    label = name or str(getattr(function, "__name__", type(function).__name__))
+    try:
+        slopes = derivative(_GRID)
+    except RuntimeError:
+        return Activation(label, value, numeric.derivative, numeric.kinks)
+    away = np.abs(_GRID[:, None] - np.array([*numeric.kinks, np.inf])).min(axis=1) > 1e-3
+    if not np.allclose(slopes[away], numeric.derivative(_GRID)[away], rtol=1e-4, atol=1e-4):
+        label += ", its own backward"
+    return Activation(label, value, derivative, numeric.kinks)
+
+
+@cache
+def _known_values() -> dict[str, np.ndarray]:
+    return {name: as_activation(name).value(_GRID) for name in activation_names()}
+
+
+_seen: dict[bytes, Activation] = {}
+
+
+def _activation_of(before: Stretch) -> tuple[Stretch, Activation | None]:
+    """The activation of a stretch; None for the identity. A function theory cannot take becomes a problem."""
+    if before.function is None:
+        return before, None
+    with torch.no_grad():
+        key = before.function(torch.tensor(_GRID)).numpy().tobytes()
+    if key not in _seen:
+        try:
+            _seen[key] = from_torch(before.function, "activation")
+        except (ValueError, TypeError) as error:
+            return Stretch(before.source, None, (*before.problems, str(error)), before.notes), None
+    activation = _seen[key]
+    return before, None if activation.name == "linear" else activation
+
+
+@as_activation.register
+def _(activation: nn.Module) -> Activation:
+    # A copy: the measured network keeps its type and its mode.
+    return from_torch(copy.deepcopy(activation).double().eval(), type(activation).__name__)
+
+
+@as_activation.register
+def _(activation: BuiltinFunctionType) -> Activation:
+    return (
+        from_torch(activation) if (activation.__module__ or "").startswith("torch") else _by_trial(activation)
+    )
+
+
+def _by_trial(function: Callable[..., Any]) -> Activation:
+    return as_activation.dispatch(object)(function)

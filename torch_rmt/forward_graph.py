@@ -1,0 +1,308 @@
+"""One real forward pass, recorded: which weights act on what, and what lies between them.
+
+A `TorchFunctionMode` sees every torch call, forward hooks give the module names; tensors are followed by
+identity and numbered anew when changed in place. What the mode cannot see (the inside of
+nn.MultiheadAttention, custom autograd.Function, products written as `x @ W`) stays one opaque call and is
+reported as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from torch_rmt.guard import undisturbed
+
+WEIGHT_CALLS = {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One torch call: `args` and `kwargs` hold `Ref(number)` where a tensor that was followed stood."""
+
+    function: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    output: int
+    module: str
+
+    @property
+    def where(self) -> str:
+        """Name for people: the module that made the call, or the function."""
+        return self.module or f"{self.name}()"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for the tensor of that number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One application of a weight: F.linear or a convolution.
+
+    Fields:
+        name: the parameter's name without ".weight"; for computed weights the module's name.
+        kind: "linear" or "conv".
+        weight, bias: the tensors used.
+        parameter, bias_parameter: their names in the model, "" if they are computed.
+        input, output: numbers of the tensors before and after.
+        groups: of a convolution.
+        note: what a law for circular, unstrided maps does not cover, in words; "" if nothing.
+    """
+
+    name: str
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    parameter: str
+    bias_parameter: str
+    input: int
+    output: int
+    groups: int = 1
+    note: str = ""
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs that each output is a sum over."""
+        return int(self.weight[0].numel())
+
+
+@dataclass
+class ForwardGraph:
+    """What `record` found; tensors are kept alive by it, so let it go soon."""
+
+    calls: dict[int, Call] = field(default_factory=dict)
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+    data: set[int] = field(default_factory=set)
+    mean_square: dict[int, float] = field(default_factory=dict)
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    shapes: dict[int, torch.Size] = field(default_factory=dict)
+    weights: list[WeightUse] = field(default_factory=list)
+    module_output: dict[str, int] = field(default_factory=dict)
+    inputs: tuple[int, ...] = ()
+    output: int = -1
+
+    def weight_of(self, number: int) -> WeightUse | None:
+        """Return the use of a weight that made this tensor, if one did."""
+        return next((use for use in self.weights if use.output == number), None)
+
+    def size(self, number: int) -> int:
+        """Entries per sample of a tensor whose first axis is the batch."""
+        shape = self.shapes[number]
+        return int(shape.numel() // shape[0]) if len(shape) > 1 else int(shape.numel())
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(
+        self,
+        parameters: dict[int, str],
+        on_weight: Callable[[WeightUse, Callable[[], Tensor]], Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.graph = ForwardGraph()
+        self.numbers: dict[int, int] = {}
+        self.versions: dict[int, int] = {}
+        self.parameters = parameters
+        self.on_weight = on_weight
+        self.stack: list[str] = []
+
+    def number(self, t: Tensor, *, data: bool = False, fresh: bool = False) -> int:
+        """The number of a tensor; a new one if it is new, or was changed in place since it was last seen."""
+        key = id(t)
+        if fresh or key not in self.numbers or self.versions[key] != t._version:
+            self.numbers[key] = n = len(self.graph.tensors)
+            self.graph.tensors[n] = t
+            self.versions[key] = t._version
+            self.graph.shapes[n] = t.shape
+            if data:
+                self.graph.data.add(n)
+        return self.numbers[key]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = list(_tensors((args, kwargs)))
+        before = [(t, self.number(t), t._version) for t in tensors]
+        template = _map((args, kwargs), lambda t: Ref(self.numbers[id(t)]))
+        name = getattr(func, "__name__", "call")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", name)  # type: ignore[attr-defined]
+        data = any(n in self.graph.data for _, n, _ in before)
+        use = self._weight_use(name, args, kwargs, before) if data and name in WEIGHT_CALLS else None
+        if use is not None and self.on_weight is not None:
+            out = self.on_weight(use, lambda: func(*args, **kwargs))
+        else:
+            out = func(*args, **kwargs)
+        changed = [t for t, _, version in before if t._version != version]
+        for t in [*changed, *(t for t in _tensors(out) if not any(t is c for c in changed))]:
+            if id(t) in self.numbers and self.versions[id(t)] == t._version:
+                continue  # handed through as it came
+            n = self.number(t, data=data, fresh=True)
+            inputs = tuple(dict.fromkeys(m for _, m, _ in before))
+            module = self.stack[-1] if self.stack else ""
+            self.graph.calls[n] = Call(func, name, template[0], template[1], inputs, n, module)
+            if data and t.is_floating_point() and t.numel():
+                self.graph.samples[n] = t.detach().flatten()[:1024].clone()
+                if use is not None:
+                    self.graph.mean_square[n] = float(t.detach().double().square().mean())
+                    self.graph.weights.append(replace(use, output=n))
+        return out
+
+    def _weight_use(
+        self, call: str, args: tuple[Any, ...], kwargs: dict[str, Any], before: list[tuple[Tensor, int, int]]
+    ) -> WeightUse | None:
+        order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given = dict(zip(order, args, strict=False)) | kwargs
+        data, weight, bias = given["input"], given["weight"], given.get("bias")
+        numbers = {id(t): n for t, n, _ in before}
+        if numbers[id(weight)] in self.graph.data or numbers[id(data)] not in self.graph.data:
+            return None
+        parameter = self.parameters.get(id(weight), "")
+        module = self.stack[-1] if self.stack else call
+        name = parameter.removesuffix(".weight").removesuffix("_weight") if parameter else module
+        notes = []
+        if call != "linear":
+            if any(s != 1 for s in _tuple(given.get("stride", 1))):
+                notes.append("stride")
+            padding = given.get("padding", 0)
+            if padding == "same" or any(p != 0 for p in _tuple(padding) if not isinstance(p, str)):
+                notes.append("zero padding")
+        return WeightUse(
+            name=name,
+            kind=WEIGHT_CALLS[call],
+            weight=weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            parameter=parameter,
+            bias_parameter="" if bias is None else self.parameters.get(id(bias), ""),
+            input=numbers[id(data)],
+            output=-1,
+            groups=int(given.get("groups", 1)),
+            note=" and ".join(notes),
+        )
+
+
+def record(
+    module: nn.Module,
+    example_input: Any,
+    *,
+    on_weight: Callable[[WeightUse, Callable[[], Tensor]], Tensor] | None = None,
+    gradients: bool = False,
+) -> ForwardGraph:
+    """Run the module once on the example and return what was called; nothing outside is disturbed.
+
+    Args:
+        module: any nn.Module.
+        example_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        on_weight: called with each use of a weight and the call itself; returns the output to go on with.
+        gradients: keep the autograd graph.
+
+    Raises:
+        ValueError: the example is empty.
+        TypeError: the module is no nn.Module, or its output holds no tensor.
+    """
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper renames everything
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(module).__name__}; wrap a function in a module")
+    args, kwargs = _call_arguments(example_input)
+    tensors = list(_tensors((args, kwargs)))
+    if not tensors or any(t.numel() == 0 for t in tensors):
+        raise ValueError("the example input is empty: pass at least one sample, such as batch[0][:1]")
+    parameters = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+    recorder = _Recorder(parameters, on_weight)
+    with undisturbed(module), _named(module, recorder), torch.set_grad_enabled(gradients):
+        args, kwargs = _map((args, kwargs), lambda t: t.clone() if t.is_inference() else t)
+        graph = recorder.graph
+        graph.inputs = tuple(recorder.number(t, data=True) for t in _tensors((args, kwargs)))
+        for n in graph.inputs:
+            t = graph.tensors[n]
+            if t.is_floating_point():
+                graph.mean_square[n] = float(t.detach().double().square().mean())
+                graph.samples[n] = t.detach().flatten()[:1024].clone()
+        with recorder:
+            out = module(*args, **kwargs)
+        first = next(_tensors(out), None)
+        if first is None:
+            raise TypeError(
+                f"the output of {type(module).__name__} holds no tensor but {type(out).__name__}: wrap the "
+                "model in a module that returns its logits"
+            )
+        graph.output = recorder.number(first)
+    return graph
+
+
+@contextmanager
+def _named(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    handles = []
+
+    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(_module: nn.Module, _args: Any) -> None:
+            recorder.stack.append(name)
+
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            recorder.stack.pop()
+            first = next(_tensors(output), None)
+            if first is not None:
+                # The first call counts where a module is used more than once, as in operators.Jacobian.
+                number = recorder.number(first)
+                recorder.graph.module_output.setdefault(name, number)
+                if first.is_floating_point() and first.numel():
+                    recorder.graph.mean_square[number] = float(first.detach().double().square().mean())
+
+        return enter, leave
+
+    try:
+        for name, submodule in module.named_modules():
+            enter, leave = hooks(name)
+            handles.append(submodule.register_forward_pre_hook(enter, prepend=True))
+            handles.append(submodule.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _call_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, tuple | list):
+        return tuple(example), {}
+    if isinstance(example, dict):
+        return (), dict(example)
+    return (example,), {}
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _map(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: _map(value, function) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_map(value, function) for value in tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(_map(value, function) for value in tree)
+    return tree
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
