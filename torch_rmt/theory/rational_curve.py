@@ -124,7 +124,7 @@ class RationalCurveLaw(SpectralMeasure):
         value_top, value_bottom = np.polyval(top, end), np.polyval(bottom, end)
         if end == 0.0 or abs(value_bottom) <= 1e-13 * np.polyval(np.abs(bottom), abs(end)):
             return -np.inf if end > inside else np.inf
-        return float(value_top / value_bottom)
+        return float(value_top / value_bottom) + 0.0  # no minus zero
 
     def _falls(self, s: Float[np.ndarray, "..."]) -> np.ndarray:
         """Whether z and every curve before it fall at the real parameter s."""
