@@ -12,11 +12,13 @@ from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.cumulants import free_cumulants, moments_from_free_cumulants
-from torch_rmt.measures.edges import find_support
+from torch_rmt.measures.edges import Points, build_mesh, find_support, in_bulk
 from torch_rmt.measures.geometry import Factor, Geometry, LogGeometry
 from torch_rmt.measures.half_plane import fold, unfold
-from torch_rmt.measures.numeric import distribution, quantiles
+from torch_rmt.measures.numeric import quantiles
 from torch_rmt.measures.subordination import Subordination, solve
+
+_FLOOR = 1e-120  # of the hull: the smallest point at which a product is asked for
 
 
 def _heavy_atoms(factors: tuple[Factor, ...], allowance: float = 1.0) -> Iterator[tuple[tuple[float, ...], float]]:
@@ -46,6 +48,10 @@ class FreeConvolution(SpectralMeasure):
         """The laws that are convolved, with their multiplicities."""
         return self.geometry.factors
 
+    def _solve(self, z: Complex[np.ndarray, " n"], known: Points | None = None) -> Subordination:
+        known = known or self.__dict__.get("mesh")  # if it was built already
+        return solve(self.geometry, z, None if known is None else (known.x, known.coordinates))
+
     def subordination(self, z: ArrayLike) -> Subordination:
         """Subordination functions w_i at points of the closed upper half-plane, flattened: G_i(w_i(z)) = G(z).
 
@@ -53,12 +59,12 @@ class FreeConvolution(SpectralMeasure):
         with w_i(z) = theta. Source: Belinschi, Bercovici, Capitaine and Fevrier 2017.
         """
         points, _ = fold(z)
-        return solve(self.geometry, points.ravel())
+        return self._solve(points.ravel())
 
     @cached_property
     def residual(self) -> float:
-        """Largest relative residual of the equations at 64 levels between the 0.5 and the 99.5 per cent quantile."""
-        return float(self.subordination(self.quantile(np.linspace(0.005, 0.995, 64))).residual.max())
+        """Largest relative backward error of the equations at the points of the mesh."""
+        return float(solve(self.geometry, self.mesh.x.astype(complex), (self.mesh.x, self.mesh.coordinates)).residual.max())
 
     @cached_property
     @abstractmethod
@@ -78,7 +84,7 @@ class FreeConvolution(SpectralMeasure):
         points, below = fold(z)
         flat = points.ravel()
         with np.errstate(all="ignore"):
-            g, slope = self._transform(flat, solve(self.geometry, flat))
+            g, slope = self._transform(flat, self._solve(flat))
         return unfold(g.reshape(points.shape), below), unfold(slope.reshape(points.shape), below)
 
     def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
@@ -98,57 +104,64 @@ class FreeConvolution(SpectralMeasure):
         points, below = fold(z)
         flat = points.ravel()
         with np.errstate(all="ignore"):
-            value = self._potential(flat, solve(self.geometry, flat))
+            value = self._potential(flat, self._solve(flat))
         return unfold(value.reshape(points.shape), below)
 
+    def evaluate(self, x: Float[np.ndarray, " n"], known: Points | None = None) -> Points:
+        """F, density and coordinates at points of the axis, all from one solution."""
+        place = self._off_atoms(x)
+        z = place.astype(complex)
+        solution = self._solve(z, known)
+        with np.errstate(all="ignore"):
+            density = np.maximum(-self._transform(z, solution)[0].imag / np.pi, 0.0)
+            total = 1.0 - self._potential(z, solution).imag / np.pi
+        density = np.where(in_bulk(self.geometry, solution.coordinates), density, 0.0)
+        low, high = self.hull
+        total = np.where(x < low, 0.0, np.where(x >= high, 1.0, np.clip(total, 0.0, 1.0)))
+        return Points(x, total, density, solution.coordinates)
+
+    def _off_atoms(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Points that are on an atom, moved to its right by a hair: F counts the atom, the rest is continuous."""
+        low, high = self.hull
+        for location, _ in self.atoms():
+            hair = 1e-12 * max(abs(location), 1e-3 * (high - low))
+            x = np.where(np.abs(x - location) < hair, location + hair, x)
+        return x
+
     def cdf_and_density(self, x: ArrayLike) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-        """F = 1 - Im L / pi and the density, from one solution."""
+        """F = 1 - Im L / pi, in closed form in the subordination functions, and the density, from one solution."""
         points = np.asarray(x, dtype=float)
         low, high = self.hull
         total, density = np.where(points < low, 0.0, 1.0), np.zeros(points.shape)
-        inside = np.asarray((points >= low) & (points < high) & self._regular(points))
+        inside = np.asarray((points >= low) & (points <= high))
         if inside.any():
-            flat = points[inside].astype(complex)
-            solution = solve(self.geometry, flat)
-            with np.errstate(all="ignore"):
-                g = self._transform(flat, solution)[0]
-                total[inside] = np.clip(1.0 - self._potential(flat, solution).imag / np.pi, 0.0, 1.0)
-                density[inside] = np.maximum(-g.imag / np.pi, 0.0)
-        for location, _ in self.atoms():  # the potential is singular there: count the mass below and the atom
-            on = inside & (np.abs(points - location) <= 1e-13 * max(abs(location), 1e-3 * (high - low)))
-            if on.any():
-                total[on] = np.minimum(total[on], 1.0)
+            found = self.evaluate(points[inside])
+            total[inside], density[inside] = found.cdf, found.density
         return np.asarray(total), density
-
-    def _regular(self, x: Float[np.ndarray, "..."]) -> np.ndarray:
-        return np.ones(x.shape, dtype=bool)
 
     def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
         """Density of the continuous part, exactly on the axis."""
-        points = np.asarray(x, dtype=float)
-        low, high = self.hull
-        result = np.zeros(points.shape)
-        inside = np.asarray((points >= low) & (points <= high))
-        if inside.any():
-            with np.errstate(all="ignore"):
-                result[inside] = np.maximum(-np.asarray(self.stieltjes(points[inside])).imag / np.pi, 0.0)
-        return result
+        return self.cdf_and_density(x)[1]
 
     def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
         """Distribution function, in closed form in the subordination functions: no density is integrated."""
         return self.cdf_and_density(x)[0]
 
     def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
-        """Smallest x with F(x) >= p."""
+        """Smallest x with F(x) >= p; the mesh gives the brackets."""
         levels = np.asarray(p, dtype=float)
         if not np.all((levels >= 0) & (levels <= 1)):
             raise ValueError("quantile levels must lie in [0, 1]")
-        ends = (levels == 0) | (levels == 1)
-        return quantiles(self, levels, self.bounds() if ends.any() else self.hull)
+        return quantiles(self, levels, self.bounds(), (self.mesh.x, self.mesh.cdf))
+
+    @cached_property
+    def mesh(self) -> Points:
+        """Points of the axis that follow the mass, with all that is known there; built once, when first needed."""
+        return build_mesh(self)
 
     @cached_property
     def _support(self) -> tuple[Interval, ...]:
-        return find_support(self)
+        return find_support(self, self.mesh)
 
     def support(self) -> tuple[Interval, ...]:
         """Intervals of the continuous part; their ends are branch points of the subordination functions."""
@@ -226,8 +239,16 @@ class FreeProduct(FreeConvolution):
             low, high = min(ends), max(ends)
         return low, high
 
-    def _regular(self, x: Float[np.ndarray, "..."]) -> np.ndarray:
-        return np.asarray(x != 0)
+    def _off_atoms(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """As for sums; and 0 itself, where the logarithm ends, is seen from the right."""
+        low, high = self.hull
+        floor = _FLOOR * max(high, -low)
+        x = np.where(np.abs(x) < floor, floor, x)
+        for location, _ in self.atoms():
+            if location != 0.0:
+                hair = 1e-12 * abs(location)
+                x = np.where(np.abs(x - location) < hair, location + np.abs(hair), x)
+        return x
 
     def _transform(self, z: Complex[np.ndarray, " n"], s: Subordination) -> tuple[np.ndarray, np.ndarray]:
         p = np.exp(s.common)

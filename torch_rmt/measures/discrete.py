@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Complex, Float
 from numpy.typing import ArrayLike
@@ -9,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.half_plane import fold, unfold
 
-_BLOCK = 1 << 21  # complex numbers held at once when points meet nodes
+_BLOCK = 1 << 15  # numbers held at once when points meet nodes: a few tables fit the second-level cache
 
 
 class Discrete(SpectralMeasure):
@@ -42,48 +44,55 @@ class Discrete(SpectralMeasure):
         self.nodes: Float[np.ndarray, " n"] = t
         self.weights: Float[np.ndarray, " n"] = p
 
-    def _sum(self, z: ArrayLike, power: int) -> Complex[np.ndarray, "..."]:
-        points = np.asarray(z, dtype=complex)
-        flat = points.ravel()
-        result = np.empty_like(flat)
+    def _blocks(self, z: Complex[np.ndarray, " m"]) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Rows of the table z - nodes, as real and imaginary parts, a cache-sized block at a time."""
         rows = max(1, _BLOCK // self.nodes.size)
-        with np.errstate(all="ignore"):
-            for i in range(0, flat.size, rows):
-                inverse = 1.0 / (flat[i : i + rows, None] - self.nodes)
-                result[i : i + rows] = (inverse if power == 1 else inverse * inverse) @ self.weights
-        return np.asarray(result.reshape(points.shape))
+        for i in range(0, z.size, rows):
+            part = z[i : i + rows, None]
+            yield slice(i, i + rows), part.real - self.nodes, part.imag
 
     def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
         """G(z) = sum_i weights_i / (z - nodes_i)."""
-        return self._sum(z, 1)
-
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
-        """G'(z) = -sum_i weights_i / (z - nodes_i)^2."""
-        return -self._sum(z, 2)
+        points = np.asarray(z, dtype=complex)
+        flat = points.ravel()
+        g = np.empty_like(flat)
+        with np.errstate(all="ignore"):
+            for rows, d, y in self._blocks(flat):
+                q = 1.0 / (d * d + y * y)
+                g.imag[rows] = -y[:, 0] * (q @ self.weights)
+                q *= d
+                g.real[rows] = q @ self.weights
+        return g.reshape(points.shape)
 
     def stieltjes_and_slope(self, z: ArrayLike) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
-        """Both sums from one table of inverses."""
+        """Both sums from one table; real arithmetic is several times faster than complex division."""
         points = np.asarray(z, dtype=complex)
         flat = points.ravel()
         g, slope = np.empty_like(flat), np.empty_like(flat)
-        rows = max(1, _BLOCK // self.nodes.size)
         with np.errstate(all="ignore"):
-            for i in range(0, flat.size, rows):
-                inverse = 1.0 / (flat[i : i + rows, None] - self.nodes)
-                g[i : i + rows] = inverse @ self.weights
-                inverse *= inverse
-                slope[i : i + rows] = -(inverse @ self.weights)
+            for rows, d, y in self._blocks(flat):
+                q = 1.0 / (d * d + y * y)
+                d *= q
+                height = y[:, 0]
+                g.real[rows], g.imag[rows] = d @ self.weights, -height * (q @ self.weights)
+                slope.imag[rows] = 2.0 * height * ((d * q) @ self.weights)
+                q *= y
+                slope.real[rows] = ((q - d) * (q + d)) @ self.weights
         return g.reshape(points.shape), slope.reshape(points.shape)
+
+    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """G'(z) = -sum_i weights_i / (z - nodes_i)^2."""
+        return self.stieltjes_and_slope(z)[1]
 
     def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
         """L(z) = sum_i weights_i log(z - nodes_i)."""
         points, below = fold(z)
         flat = points.ravel()
         result = np.empty_like(flat)
-        rows = max(1, _BLOCK // self.nodes.size)
         with np.errstate(all="ignore"):
-            for i in range(0, flat.size, rows):
-                result[i : i + rows] = np.log(flat[i : i + rows, None] - self.nodes) @ self.weights
+            for rows, d, y in self._blocks(flat):
+                result.imag[rows] = np.arctan2(y, d) @ self.weights
+                result.real[rows] = 0.5 * np.log(d * d + y * y) @ self.weights
         return unfold(result.reshape(points.shape), below)
 
     def support(self) -> tuple[Interval, ...]:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float
-from numpy.typing import ArrayLike
+from jaxtyping import Bool, Complex, Float
 
 from torch_rmt.measures.geometry import Geometry, LogGeometry
-from torch_rmt.measures.subordination import Subordination
 
 _SMALL = 1e-5  # mass of an interval below which its inside is not looked at further
-_SECTIONS = 8  # points an edge's bracket is cut by in one round
+_COARSE = 0.02  # largest mass of an interval of the mesh
+_ROUNDS, _LIMIT = 80, 20000  # of refinement; points
+_SECTIONS = 16  # pieces into which an edge's bracket is cut in one round
+
+
+@dataclass(frozen=True)
+class Points:
+    """What is known at points of the axis, in order: F, the density and the subordination coordinates."""
+
+    x: Float[np.ndarray, " n"]
+    cdf: Float[np.ndarray, " n"]
+    density: Float[np.ndarray, " n"]
+    coordinates: Complex[np.ndarray, "k n"]
+
+    def merged(self, other: Points) -> Points:
+        """Both sets in order, the first kept where a point occurs twice."""
+        x, index = np.unique(np.concatenate([self.x, other.x]), return_index=True)
+        return Points(
+            x,
+            np.concatenate([self.cdf, other.cdf])[index],
+            np.concatenate([self.density, other.density])[index],
+            np.concatenate([self.coordinates, other.coordinates], axis=1)[:, index],
+        )
 
 
 class Convolved(Protocol):
@@ -22,97 +43,102 @@ class Convolved(Protocol):
 
     @property
     def hull(self) -> tuple[float, float]: ...
-    def cdf_and_density(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray]: ...
-    def subordination(self, z: ArrayLike) -> Subordination: ...
-    def quantile(self, p: ArrayLike) -> np.ndarray: ...
+    def evaluate(self, x: np.ndarray, known: Points | None = None) -> Points: ...
     def atoms(self) -> tuple[tuple[float, float], ...]: ...
 
 
-def in_bulk(measure: Convolved, x: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarray, " n"]:
     """Whether points of the axis are inside the continuous part: there the coordinates are not real."""
-    solution = measure.subordination(x)
-    turn = np.abs(np.sin(solution.coordinates.imag)) if isinstance(measure.geometry, LogGeometry) else (
-        np.abs(solution.coordinates.imag) / measure.geometry.length(solution.coordinates)
-    )
+    turn = np.abs(np.sin(w.imag)) if isinstance(geometry, LogGeometry) else np.abs(w.imag) / geometry.length(w)
     return np.asarray(np.max(turn, axis=0) > 1e-10)
 
 
 def _middle(low: np.ndarray, high: np.ndarray, log: bool) -> np.ndarray:
+    """Midpoint, the geometric one for products."""
     middle = 0.5 * (low + high)
-    if log:
-        with np.errstate(all="ignore"):
-            geometric = np.sign(middle) * np.sqrt(np.abs(low * high))
-        middle = np.where((low * high > 0) & (np.abs(middle) > 0), geometric, middle)
-    return middle
+    if not log:
+        return np.asarray(middle)
+    return np.asarray(np.where(low * high > 0, np.sign(low) * np.sqrt(np.abs(low)) * np.sqrt(np.abs(high)), middle))
 
 
-def _mesh(measure: Convolved) -> Float[np.ndarray, " n"]:
-    """Points such that every interval between neighbours has little mass or a density that is nearly straight."""
+def _first_points(measure: Convolved) -> Float[np.ndarray, " n"]:
+    """Sums (or products) of the laws' quantiles, the hull, and both sides of every atom."""
     log = isinstance(measure.geometry, LogGeometry)
     low, high = measure.hull
-    level = np.concatenate([[1e-7, 1e-5, 1e-3], np.linspace(0.01, 0.99, 60), [1 - 1e-3, 1 - 1e-5, 1 - 1e-7]])
-    x = np.unique(np.concatenate([measure.quantile(level), [low, high]]))
+    level = np.concatenate([[1e-6, 1e-4], np.linspace(0.005, 0.995, 40), [1 - 1e-4, 1 - 1e-6]])
+    start = 1.0 if log else 0.0
+    x = np.full(level.shape, start)
+    for factor in measure.geometry.factors:
+        quantile = np.asarray(factor.law.quantile(level))
+        x = x * np.abs(quantile) ** factor.count if log else x + factor.count * quantile
+    x = x[(x > 1e-100 * high)] if log else x
+    x = np.concatenate([x, [low, high], np.linspace(low, high, 34)[1:-1]])
+    if log:
+        x = np.concatenate([x, np.geomspace(1e-30 * max(high, -low), max(high, -low), 16)])
+        if low < 0:
+            x = np.concatenate([x, -x])
     for location, _ in measure.atoms():  # an atom is no point of the mesh: its two sides are
-        gap = 1e-9 * max(abs(location), 1e-3 * (high - low))
-        x = np.unique(np.concatenate([x[np.abs(x - location) > gap], [location - gap, location + gap]]))
-    x = x[x != 0] if log else x
-    total, density = measure.cdf_and_density(x)
-    for _ in range(60):
-        width = np.diff(x)
-        mass = np.diff(total)
-        for location, weight in measure.atoms():
+        gap = 1e-9 * abs(location) + (0.0 if log else 1e-12 * (high - low))
+        x = np.concatenate([x[np.abs(x - location) > gap], [location - gap, location + gap]])
+    return np.unique(x[(x != 0) & (x >= low) & (x <= high)] if log else x)
+
+
+def build_mesh(measure: Convolved) -> Points:
+    """Points such that every interval between neighbours has little mass or a density that is nearly straight."""
+    log = isinstance(measure.geometry, LogGeometry)
+    points = measure.evaluate(_first_points(measure))
+    atoms = measure.atoms()
+    for _ in range(_ROUNDS):
+        x, density = points.x, points.density
+        width, mass = np.diff(x), np.diff(points.cdf)
+        for location, weight in atoms:
             mass = mass - weight * ((x[:-1] < location) & (location <= x[1:]))
         straight = 0.5 * (density[1:] + density[:-1]) * width
         uneven = np.abs(straight - mass) > 0.2 * np.maximum(straight, mass)
         hidden = (density[1:] == 0) & (density[:-1] == 0) & (mass > 1e-11)
-        split = ((mass > _SMALL) & uneven) | hidden | (mass > 0.02)
         dip = np.zeros(x.size, dtype=bool)
         dip[1:-1] = (density[1:-1] < density[:-2]) & (density[1:-1] < density[2:]) & (density[1:-1] > 0)
-        tight = width <= 1e-4 * (np.abs(x[1:]) + np.abs(x[:-1]))
-        split |= (dip[1:] | dip[:-1]) & ~tight
-        split &= width > 1e-13 * (np.abs(x[1:]) + np.abs(x[:-1]))
-        if not split.any() or x.size > 20000:
+        size = np.abs(x[1:]) + np.abs(x[:-1])
+        split = ((mass > _SMALL) & uneven) | hidden | (mass > _COARSE) | ((dip[1:] | dip[:-1]) & (width > 1e-3 * size))
+        split &= width > 1e-13 * size
+        if not split.any() or x.size > _LIMIT:
             break
-        fresh = _middle(x[:-1][split], x[1:][split], log)
-        more_total, more_density = measure.cdf_and_density(fresh)
-        order = np.argsort(np.concatenate([x, fresh]), kind="stable")
-        x = np.concatenate([x, fresh])[order]
-        total, density = np.concatenate([total, more_total])[order], np.concatenate([density, more_density])[order]
-    return x
+        points = points.merged(measure.evaluate(_middle(x[:-1][split], x[1:][split], log), points))
+    return points
 
 
-def find_support(measure: Convolved) -> tuple[tuple[float, float], ...]:
+def find_support(measure: Convolved, mesh: Points) -> tuple[tuple[float, float], ...]:
     """Intervals of the continuous part of a free convolution, edges to rounding."""
-    log = isinstance(measure.geometry, LogGeometry)
-    x = _mesh(measure)
-    bulk = in_bulk(measure, x)
-    if not bulk.any():
-        return ()
+    bulk = in_bulk(measure.geometry, mesh.coordinates)
     change = np.flatnonzero(bulk[1:] != bulk[:-1])
-    edges = _edges(measure, x[change], x[change + 1], bulk[change], log).tolist()
-    if bulk[0]:
+    edges = _bisect(measure, mesh, mesh.x[change], mesh.x[change + 1], bulk[change]).tolist()
+    if bulk.any() and bulk[0]:
         edges.insert(0, measure.hull[0])
-    if bulk[-1]:
+    if bulk.any() and bulk[-1]:
         edges.append(measure.hull[1])
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _edges(
-    measure: Convolved, low: np.ndarray, high: np.ndarray, low_in_bulk: np.ndarray, log: bool
+def _bisect(
+    measure: Convolved, mesh: Points, low: np.ndarray, high: np.ndarray, low_in_bulk: np.ndarray
 ) -> Float[np.ndarray, " n"]:
-    """Sections of brackets with one end in the bulk and one outside."""
+    """Cut brackets, one end in the bulk and one outside, until they are as narrow as floating point allows."""
+    log = isinstance(measure.geometry, LogGeometry)
     fraction = np.arange(1, _SECTIONS)[:, None] / _SECTIONS
-    for _ in range(20):
-        if not low.size or np.all(high - low <= 4e-16 * np.maximum(np.abs(low), np.abs(high))):
-            break
-        wide = log & (low * high > 0) & (np.abs(np.log(np.abs(high / low))) > 1.0) if log else np.zeros(low.shape, bool)
+    column = np.arange(low.size)
+    while low.size and not np.all(high - low <= 4e-16 * np.maximum(np.abs(low), np.abs(high))):
         cuts = low + fraction * (high - low)
         if log:
+            wide = (low * high > 0) & (np.maximum(np.abs(low), np.abs(high)) > 2 * np.minimum(np.abs(low), np.abs(high)))
             with np.errstate(all="ignore"):
                 cuts = np.where(wide, low * (high / low) ** fraction, cuts)
-        same = in_bulk(measure, cuts.ravel()).reshape(cuts.shape) == low_in_bulk
+        fresh = measure.evaluate(np.unique(cuts), mesh)
+        mesh = mesh.merged(fresh)
+        bulk = in_bulk(measure.geometry, fresh.coordinates)[np.searchsorted(fresh.x, cuts)]
+        same = bulk == low_in_bulk
         first = np.where(same.all(axis=0), _SECTIONS - 1, np.argmin(same, axis=0))
         grid = np.concatenate([low[None], cuts, high[None]])
-        column = np.arange(low.size)
+        if np.array_equal(low, grid[first, column]) and np.array_equal(high, grid[first + 1, column]):
+            break
         low, high = grid[first, column], grid[first + 1, column]
     return np.asarray(0.5 * (low + high))

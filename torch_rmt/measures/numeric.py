@@ -88,9 +88,15 @@ def distribution(
 
 
 def quantiles(
-    measure: Transformed, p: Float[np.ndarray, "..."], hull: tuple[float, float]
+    measure: Transformed,
+    p: Float[np.ndarray, "..."],
+    hull: tuple[float, float],
+    table: tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]] | None = None,
 ) -> Float[np.ndarray, "..."]:
-    """Smallest x with F(x) >= p: Newton steps on F kept inside a shrinking bracket, atoms found by their mass."""
+    """Smallest x with F(x) >= p: Newton steps on F kept inside a shrinking bracket, atoms found by their mass.
+
+    A table (x, F) of points that are known already gives narrower first brackets.
+    """
     low, high = hull
     levels = p.ravel()
     result = np.where(levels <= 0.0, low, high)
@@ -105,7 +111,14 @@ def quantiles(
             open_ &= ~hit
     todo = np.flatnonzero(open_)
     if todo.size:
-        result[todo] = _invert(measure, levels[todo], low, high)
+        lower, upper = np.full(todo.shape, low), np.full(todo.shape, high)
+        if table is not None:
+            x, reached = table
+            after = np.searchsorted(np.maximum.accumulate(reached), levels[todo] + 1e-13)
+            before = np.searchsorted(np.maximum.accumulate(reached), levels[todo] - 1e-13) - 1
+            lower = np.where(before >= 0, np.maximum(x[np.maximum(before, 0)], low), low)
+            upper = np.where(after < x.size, np.minimum(x[np.minimum(after, x.size - 1)], high), high)
+        result[todo] = _invert(measure, levels[todo], lower, upper)
     return np.asarray(result.reshape(p.shape))
 
 
@@ -119,8 +132,9 @@ def _split(low: Float[np.ndarray, " n"], high: Float[np.ndarray, " n"]) -> Float
     return np.asarray(np.where(positive, geometric, np.where(negative, -geometric, middle)))
 
 
-def _invert(measure: Transformed, p: Float[np.ndarray, " n"], low: float, high: float) -> Float[np.ndarray, " n"]:
-    lower, upper = np.full(p.shape, low), np.full(p.shape, high)
+def _invert(
+    measure: Transformed, p: Float[np.ndarray, " n"], lower: Float[np.ndarray, " n"], upper: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
     x = _split(lower, upper)
     active = np.arange(p.size)
     for step in range(200):

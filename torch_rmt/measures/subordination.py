@@ -94,13 +94,15 @@ def _newton(
 
 
 def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Relative residual, h' and the common weight at a solution."""
+    """Backward error (of the coordinates and of the point, relative), h' and the common weight at a solution."""
     h, dh = geometry.fields(w)
     rho, c = geometry.residual(zeta, w, h)
-    unit = geometry.length(w) + geometry.length(np.broadcast_to(zeta, w.shape))
+    unit = geometry.length(w)
+    share = np.abs(h) + np.abs(dh) * unit
+    own = unit + geometry.length(zeta)
+    terms = own + share[::-1] if _is_pair(geometry) else own + share + (geometry.counts * share).sum(axis=0)
     with np.errstate(all="ignore"):
-        # an error of an equation moves its own coordinate by rho / (1 + h'): large slopes forgive
-        return np.max(np.abs(rho) / (unit + np.abs(h) + np.abs(dh) * np.abs(unit)), axis=0), dh, c
+        return np.max(np.abs(rho) / terms, axis=0), dh, c
 
 
 def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
@@ -173,7 +175,8 @@ def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarr
         h, dh = geometry.fields(w[:, todo])
         c = geometry.residual(zeta[todo], w[:, todo], h)[1]
         tangent = _linear_solve(geometry, dh, c, c * np.ones_like(w[:, todo]))
-        guess = w[:, todo] + tangent * (target - zeta[todo])
+        with np.errstate(all="ignore"):
+            guess = w[:, todo] + tangent * (target - zeta[todo])
         bad = ~np.all(np.isfinite(guess) & (guess.imag > 0) & (guess.imag < geometry.ceiling), axis=0)
         guess[:, bad] = w[:, todo[bad]]
         new, size, quiet = _newton(geometry, target, guess, 10, 1e-7)
@@ -195,13 +198,17 @@ def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarr
     return result, done
 
 
-def _between(x: np.ndarray, anchors: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Linear interpolation of the coordinates between neighbours on the axis."""
-    guess = np.empty((w.shape[0], x.size), dtype=complex)
+def _from_neighbours(
+    geometry: Geometry, z: np.ndarray, x: np.ndarray, w: np.ndarray
+) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
+    """Newton from interpolated solutions at neighbours on the axis; a wrong guess is found out, never believed."""
+    guess = np.empty((w.shape[0], z.size), dtype=complex)
     for i in range(w.shape[0]):
-        guess[i].real = np.interp(x, anchors, w[i].real)
-        guess[i].imag = np.interp(x, anchors, w[i].imag)
-    return guess
+        guess[i].real = np.interp(z.real, x, w[i].real)
+        guess[i].imag = np.interp(z.real, x, w[i].imag)
+    zeta = np.asarray(geometry.coordinate(z))
+    near, _, _ = _newton(geometry, zeta, guess, 12, 1e-14)
+    return _settle(geometry, zeta, near)
 
 
 def _solve_axis(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,10 +227,7 @@ def _solve_axis(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarr
         known = np.flatnonzero(done)
         if not fresh.size or known.size < 2:
             continue
-        zeta = np.asarray(geometry.coordinate(sorted_z[fresh]))
-        guess = _between(sorted_z.real[fresh], sorted_z.real[known], w[:, known])
-        near, _, _ = _newton(geometry, zeta, guess, 12, 1e-14)
-        near, right = _settle(geometry, zeta, near)
+        near, right = _from_neighbours(geometry, sorted_z[fresh], sorted_z.real[known], w[:, known])
         w[:, fresh[right]] = near[:, right]
         done[fresh[right]] = True
     left = np.flatnonzero(~done)
@@ -234,16 +238,35 @@ def _solve_axis(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return w[:, back], done[back]
 
 
-def solve(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> Subordination:
+def _solve_known(
+    geometry: Geometry, z: np.ndarray, known: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points of the axis among points whose solution is known."""
+    w, done = _from_neighbours(geometry, z, *known)
+    left = np.flatnonzero(~done)
+    if left.size:
+        w[:, left], done[left] = _descend(geometry, z[left])
+    return w, done
+
+
+def solve(
+    geometry: Geometry,
+    z: Complex[np.ndarray, " n"],
+    known: tuple[Float[np.ndarray, " m"], Complex[np.ndarray, "k m"]] | None = None,
+) -> Subordination:
     """Solve the subordination equations at points of the closed upper half-plane (not 0 for products).
 
     A solution is handed out only with a proof that it is the right one: interior (then it is unique) or real and
-    stable (Denjoy-Wolff), with a residual below 1e-12.
+    stable (Denjoy-Wolff), with a residual below 1e-12. `known` are points of the axis, in order, and their coordinates:
+    they only save time.
 
     Raises:
         ConvergenceError: where this fails.
     """
-    if z.size > 4 * _COARSE and not np.any(z.imag):
+    on_axis = not np.any(z.imag)
+    if on_axis and known is not None:
+        w, done = _solve_known(geometry, z, known)
+    elif on_axis and z.size > 4 * _COARSE:
         w, done = _solve_axis(geometry, z)
     else:
         w, done = _descend(geometry, z)
@@ -263,6 +286,7 @@ def solve(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> Subordination:
     residual, dh, c = _residual(geometry, zeta, w)
     h, _ = geometry.fields(w)
     tangent = _linear_solve(geometry, dh, c, c * np.ones_like(w))
+    with np.errstate(all="ignore"):
+        slope = 1.0 + (geometry.counts * dh * tangent).sum(axis=0)
     common = zeta + (geometry.counts * h).sum(axis=0)
-    slope = 1.0 + (geometry.counts * dh * tangent).sum(axis=0)
     return Subordination(np.asarray(geometry.point(w)), w, common, slope, residual)
