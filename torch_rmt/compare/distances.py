@@ -52,15 +52,28 @@ class Tabulated:
 
     def log_mean(self, above: float) -> float:
         """E[log x | x > above]."""
+        x, mass = self._cells(above)
+        return float((mass * np.log(x)).sum() / mass.sum()) if mass.sum() > 0 else float("nan")
+
+    def log_deviation(self, above: float) -> float:
+        """Standard deviation of log x given x > above; zero where nothing is above."""
+        x, mass = self._cells(above)
+        if mass.sum() <= 0:
+            return 0.0
+        return float(np.sqrt((mass * (np.log(x) - self.log_mean(above)) ** 2).sum() / mass.sum()))
+
+    def quantile(self, p: float) -> float:
+        """Smallest point of the grid with F(x) >= p."""
+        return float(self.x[min(int(np.searchsorted(self.right, p - 1e-12)), self.x.size - 1)])
+
+    def _cells(self, above: float) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Geometric middles of the cells above a positive point and their masses, atoms appended."""
         keep = self.x > above
         x, left, right = self.x[keep], self.left[keep], self.right[keep]
-        total = float(((np.log(x[1:]) + np.log(x[:-1])) / 2 * np.maximum(left[1:] - right[:-1], 0)).sum())
-        mass = float(np.maximum(left[1:] - right[:-1], 0).sum())
-        for location, weight in self.atoms:
-            if location > above:
-                total += weight * np.log(location)
-                mass += weight
-        return total / mass if mass > 0 else float("nan")
+        atoms = np.array([atom for atom in self.atoms if atom[0] > above], dtype=np.float64).reshape(-1, 2)
+        middle = np.concatenate([np.sqrt(x[1:] * x[:-1]), atoms[:, 0]])
+        mass = np.concatenate([np.maximum(left[1:] - right[:-1], 0), atoms[:, 1]])
+        return middle, mass
 
 
 def _grid(law: SpectralMeasure) -> Float[np.ndarray, " n"]:

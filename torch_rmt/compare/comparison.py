@@ -1,0 +1,126 @@
+"""`compare`: one measured spectrum, one law, one report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from torch_rmt.compare.distances import (
+    Tabulated,
+    kolmogorov,
+    numerical_zero,
+    points,
+    relative_scale,
+    wasserstein,
+)
+from torch_rmt.compare.outliers import find_outliers
+from torch_rmt.compare.report import Distance, Report
+from torch_rmt.compare.verdict import AGREES_UP_TO, agreement_in_words, gradients_in_words, spreads
+from torch_rmt.measures import dilate
+from torch_rmt.spectra import Spectrum
+from torch_rmt.theory import Prediction
+
+# sup |B| of a Brownian bridge has mean 0.869, its standard deviation in the middle is 1/2.
+_SUP_OVER_MIDDLE = 1.74
+
+
+def compare(
+    spectrum: Spectrum,
+    prediction: Prediction | None,
+    *,
+    name: str = "spectrum",
+    facts: Mapping[str, float] | None = None,
+    reason: str = "",
+) -> Report:
+    """Put a measured spectrum beside its law: distances with noise floors, outliers, a verdict in words.
+
+    Three distances: "kolmogorov", sup |F_n - F|; "wasserstein", integral of |F_n - F|, in units of
+    eigenvalues; "shape", the Kolmogorov distance once the measured eigenvalues are divided by the ratio of
+    the geometric means (of the root mean squares where eigenvalues are negative): the common fluctuation of q
+    moves all eigenvalues of one drawn network together, and should not hide or feign a difference of form.
+
+    The noise floor of the Kolmogorov distances is the prediction's `finite_size_error` (1/sqrt(dim) if it has
+    none) and the probes' sampling error, added in squares, and half a step of the measured distribution
+    function. That of the Wasserstein distance is the same times the width of the law from its 1 % to its 99 %
+    point. The law "agrees" up to 2.5 times the floor; a law that is a point is judged by the Wasserstein
+    distance.
+
+    Args:
+        spectrum: the measurement.
+        prediction: None where there is no law; the report then only says what was measured, and `reason`.
+        name: tag of the report in every log.
+        facts: further numbers; with "chi" and "depth" the verdict says what becomes of gradients.
+        reason: why there is no prediction.
+
+    >>> from torch_rmt.measures import MarchenkoPastur
+    >>> values = MarchenkoPastur(1.0).quantile((np.arange(200) + 0.5) / 200)
+    >>> measured = Spectrum(values[None], np.full((1, 200), 1 / 200), dim=200, matvecs=200, method="exact")
+    >>> compare(measured, Prediction(MarchenkoPastur(1.0), finite_size_error=0.01)).verdict.split(" (")[0]
+    'As predicted'
+    """
+    facts = dict(facts or {})
+    if prediction is None:
+        low, high = spectrum.measure().bounds()
+        verdict = f"Measured only{': ' + reason if reason else ''}. Eigenvalues from {low:.3g} to {high:.3g}."
+        return Report(name, spectrum, None, verdict=verdict + gradients_in_words(facts), facts=facts)
+    law = prediction.measure
+    zero = numerical_zero(spectrum)
+    nodes, weights = points(spectrum)
+    table = Tabulated(law, nodes)
+    noise = noise_floor(spectrum, prediction)
+    ks = Distance("kolmogorov", kolmogorov(nodes, weights, law, zero=zero), noise)
+    w1 = Distance("wasserstein", wasserstein(nodes, weights, table), _width(table) * noise + zero)
+    scale = relative_scale(nodes, weights, table, zero)
+    shape = None
+    if math.isfinite(scale) and scale > 0:
+        scaled = dilate(law, scale)
+        shape = Distance("shape", kolmogorov(nodes, weights, scaled, zero=zero), noise)
+        facts.setdefault("scale", scale)
+    outliers = find_outliers(nodes, weights, law, dim=spectrum.dim, noise=noise, zero=zero)
+    if len(law.atoms()) == 1 and not law.support():
+        w1 = Distance(w1.kind, w1.value, max(w1.noise, abs(law.mean) * max(noise, 1e-5)))
+        agrees = w1.ratio <= AGREES_UP_TO
+    else:
+        agrees = ks.ratio <= AGREES_UP_TO
+    verdict = agreement_in_words(
+        agrees=agrees,
+        kolmogorov=ks,
+        shape=shape,
+        scale=scale,
+        zeros=_zeros(nodes, weights, prediction, zero),
+        spread=spreads(nodes, weights, table, scale, zero),
+        outliers=outliers,
+    )
+    distances = tuple(d for d in (w1, ks, shape) if d is not None)
+    words = {key: float(value) for key, value in prediction.scalars.items()} | facts
+    return Report(
+        name, spectrum, prediction, distances, outliers, verdict + gradients_in_words(words), agrees, facts
+    )
+
+
+def noise_floor(spectrum: Spectrum, prediction: Prediction) -> float:
+    """Kolmogorov distance to expect if the law were right: finite width, probes, and steps of the data."""
+    width = prediction.finite_size_error
+    width = 1 / math.sqrt(spectrum.dim) if width is None or not math.isfinite(width) else width
+    nodes, _ = points(spectrum)
+    probe = _SUP_OVER_MIDDLE * float(spectrum.cdf_standard_error(nodes).max())
+    # A uniform error on [-w/2, w/2] has standard deviation w / sqrt(12) and supremum w / 2.
+    step = math.sqrt(3.0) * float(spectrum.cdf_resolution(nodes).max())
+    return float(np.hypot(width, probe) + max(step, 0.5 / spectrum.dim))
+
+
+def _width(table: Tabulated) -> float:
+    low, high = table.quantile(0.01), table.quantile(0.99)
+    return high - low
+
+
+def _zeros(
+    nodes: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], prediction: Prediction, zero: float
+) -> tuple[float, float]:
+    law = prediction.measure
+    ends = np.asarray(law.cdf(np.array([-zero, zero])), dtype=np.float64)
+    at_low_end = sum(mass for location, mass in law.atoms() if location == -zero)
+    return float(weights[np.abs(nodes) <= zero].sum()), float(ends[1] - ends[0] + at_low_end)

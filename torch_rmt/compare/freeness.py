@@ -1,0 +1,53 @@
+"""The freeness gap: a measured whole against the law that its measured parts would give if they were free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch_rmt.compare.comparison import compare
+from torch_rmt.compare.report import Report
+from torch_rmt.measures import free_add, free_mul
+from torch_rmt.spectra import Spectrum
+from torch_rmt.theory import Prediction
+
+
+def freeness_gap(
+    parts: Sequence[Spectrum],
+    whole: Spectrum,
+    *,
+    kind: Literal["sum", "product"],
+    name: str = "freeness",
+) -> Report:
+    """Compare a spectrum with the free convolution of its parts' spectra; valid at any step of training.
+
+    For a sum of symmetric matrices, whole = A + B + ..., the law is the free additive convolution of the
+    parts' laws; for a product, whole = the law of |A B ...|^2, the free multiplicative one of the laws of A^T
+    A, B^T B, .... The parts of random weights are free; what training aligns is not, and the distance says
+    how much.
+
+    Raises:
+        ValueError: fewer than two parts, or a product with a part that has negative eigenvalues.
+
+    Source: Pennington and Bahri 2017, section 4; Collins and Hayase 2023.
+
+    >>> import numpy as np
+    >>> coin = Spectrum(np.array([[-1.0, 1.0]]), np.array([[0.5, 0.5]]), dim=2, matvecs=2, method="exact")
+    >>> report = freeness_gap([coin, coin], coin, kind="sum")
+    >>> report.prediction.measure.support()                       # the arcsine law on [-2, 2]
+    ((-2.0, 2.0),)
+    """
+    if len(parts) < 2:
+        raise ValueError(f"a whole has at least two parts, got {len(parts)}")
+    laws = [part.measure() for part in parts]
+    if kind == "product" and any(law.bounds()[0] < 0 for law in laws):
+        raise ValueError("a product takes the law of A^T A for each part, which has no negative eigenvalue")
+    law = free_add(*laws) if kind == "sum" else free_mul(*laws)
+    prediction = Prediction(
+        law,
+        scalars={"parts": float(len(parts))},
+        assumptions=("the measured parts are free of each other",),
+        reference="Pennington and Bahri 2017, section 4" if kind == "sum" else "Collins and Hayase 2023",
+        finite_size_error=None,
+    )
+    return compare(whole, prediction, name=name)

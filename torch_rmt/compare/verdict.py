@@ -1,0 +1,116 @@
+"""The difference between a measurement and its law in words, with what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from torch_rmt.compare.distances import Tabulated
+from torch_rmt.compare.report import Distance, Outlier
+
+_BAND = 10.0  # gradients that change by less than this over the whole chain need no word
+AGREES_UP_TO = 2.5  # in units of the noise floor
+
+
+def agreement_in_words(
+    *,
+    agrees: bool,
+    kolmogorov: Distance,
+    shape: Distance | None,
+    scale: float,
+    zeros: tuple[float, float],
+    spread: tuple[float, float],
+    outliers: tuple[Outlier, ...],
+) -> str:
+    """Say whether the law holds and, if not, in what the measurement differs.
+
+    Args:
+        agrees: the decision.
+        kolmogorov, shape: the distances it rests on.
+        scale: measured over predicted scale.
+        zeros: share of numerical zeros, measured and predicted.
+        spread: standard deviation of log eigenvalue (or of the eigenvalue), scale out, measured and
+            predicted.
+        outliers: beyond the edges.
+    """
+    numbers = f"Kolmogorov distance {kolmogorov.value:.2g}, noise {kolmogorov.noise:.2g}"
+    tail = ""
+    if outliers:
+        first = outliers[0]
+        count = "one outlier" if len(outliers) == 1 else f"{len(outliers)} outliers"
+        tail = (
+            f" {count} beyond the law, the farthest at {first.location:.3g} (edge {first.edge:.3g}, "
+            f"{first.margin:.0f} times the noise): a direction that independent weights do not make."
+        )
+        tail = tail[:1] + tail[1].upper() + tail[2:]
+    if agrees:
+        return f"As predicted ({numbers})." + tail
+    text = ""
+    if abs(zeros[0] - zeros[1]) > max(AGREES_UP_TO * kolmogorov.noise, 0.02):
+        more = "dead units or a bottleneck" if zeros[0] > zeros[1] else "fewer dead units than the law has"
+        text += f"{zeros[0]:.0%} of the eigenvalues are zero, the law has {zeros[1]:.0%}: {more}. "
+    same_shape = shape is not None and shape.value <= AGREES_UP_TO * shape.noise
+    if same_shape and math.isfinite(scale):
+        direction = "larger" if scale > 1 else "smaller"
+        factor = scale if scale > 1 else 1 / scale
+        text += f"Right shape, but {factor:.3g} times {direction} than predicted ({numbers}). "
+        text += "At initialisation: q or sigma_w of some layer is not the one assumed. "
+    else:
+        measured, predicted = spread
+        if predicted > 0 and measured > 1.1 * predicted:
+            text += f"Wider than predicted: spread {measured:.3g} against {predicted:.3g} ({numbers}). "
+        elif predicted > 0 and measured < predicted / 1.1:
+            text += f"Narrower than predicted: spread {measured:.3g} against {predicted:.3g} ({numbers}). "
+        else:
+            text += f"Not as predicted ({numbers}). "
+        text += "At initialisation: weights are not independent, or a layer is not what it was read as; "
+        text += "later: what training has built. "
+    return text.rstrip() + tail
+
+
+def gradients_in_words(facts: Mapping[str, float]) -> str:
+    """Say what chi means for this depth; "" where `facts` has no chi or all is well.
+
+    Reads "chi", the factor that the squared gradient takes in one layer, and "depth", the number of layers.
+    """
+    chi, depth = facts.get("chi", math.nan), facts.get("depth", math.nan)
+    if not (math.isfinite(chi) and math.isfinite(depth) and chi > 0 and depth >= 1):
+        return ""
+    total = float(np.exp(np.clip(0.5 * depth * math.log(chi), -690, 690)))
+    if 1 / _BAND < total < _BAND:
+        return f" Critical: chi is {chi:.4g}, gradients change {_times(total)} over {depth:.0f} layers."
+    if total > 1:
+        return (
+            f" Chaotic: chi is {chi:.4g}, gradients grow {_times(total)} over {depth:.0f} layers. "
+            f"Lower sigma_w by {1 - chi**-0.5:.1%}, or call critical_init_(model, batch)."
+        )
+    return (
+        f" Ordered: chi is {chi:.4g}, gradients shrink {_times(1 / total)} over {depth:.0f} layers. "
+        f"Raise sigma_w by {chi**-0.5 - 1:.1%}, or call critical_init_(model, batch)."
+    )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2g} times"
+
+
+def spreads(
+    nodes: np.ndarray, weights: np.ndarray, table: Tabulated, scale: float, zero: float
+) -> tuple[float, float]:
+    """Standard deviation of log eigenvalue over what is not zero, measured and predicted.
+
+    Where either has negative eigenvalues: of the eigenvalue itself, the measured one divided by `scale`.
+    """
+    if table.law.bounds()[0] >= -zero and nodes[0] >= -zero:
+        up = nodes > zero
+        if not up.any():
+            return 0.0, table.log_deviation(zero)
+        w = weights[up] / weights[up].sum()
+        logs = np.log(nodes[up])
+        return float(np.sqrt((w * (logs - (w * logs).sum()) ** 2).sum())), table.log_deviation(zero)
+    mean = (weights * nodes).sum()
+    measured = float(np.sqrt((weights * (nodes - mean) ** 2).sum()))
+    factor = scale if math.isfinite(scale) and scale > 0 else 1.0
+    return measured / factor, float(np.sqrt(max(table.law.variance, 0.0)))
