@@ -24,6 +24,8 @@ $(VENV)/.demo-is-installed: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test-is-installed: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,oracles]"
+	@# curvlinops brings torchvision, of which PyPI has no build for CPU torch; torchmetrics finds it and Lightning dies.
+	$(BIN)/python -c 'import torchvision' 2> /dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
 demo: $(VENV)/.demo-is-installed
