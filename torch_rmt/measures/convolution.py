@@ -113,12 +113,14 @@ class FreeConvolution(SpectralMeasure):
         z = place.astype(complex)
         solution = self._solve(z, known)
         with np.errstate(all="ignore"):
-            density = np.maximum(-self._transform(z, solution)[0].imag / np.pi, 0.0)
+            g, slope = self._transform(z, solution)
             total = 1.0 - self._potential(z, solution).imag / np.pi
-        density = np.where(in_bulk(self.geometry, solution.coordinates), density, 0.0)
+        bulk = in_bulk(self.geometry, solution.coordinates)
+        density = np.where(bulk, np.maximum(-g.imag / np.pi, 0.0), 0.0)
+        slope = np.where(bulk, -slope.imag / np.pi, 0.0)
         low, high = self.hull
         total = np.where(x < low, 0.0, np.where(x >= high, 1.0, np.clip(total, 0.0, 1.0)))
-        return Points(x, total, density, solution.coordinates)
+        return Points(x, total, density, slope, solution.coordinates)
 
     def _off_atoms(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """Points that are on an atom, moved to its right by a hair: F counts the atom, the rest is continuous."""

@@ -73,10 +73,9 @@ class Discrete(SpectralMeasure):
             for rows, d, y in self._blocks(flat):
                 q = 1.0 / (d * d + y * y)
                 d *= q
-                height = y[:, 0]
-                g.real[rows], g.imag[rows] = d @ self.weights, -height * (q @ self.weights)
-                slope.imag[rows] = 2.0 * height * ((d * q) @ self.weights)
                 q *= y
+                g.real[rows], g.imag[rows] = d @ self.weights, -(q @ self.weights)
+                slope.imag[rows] = 2.0 * ((d * q) @ self.weights)
                 slope.real[rows] = ((q - d) * (q + d)) @ self.weights
         return g.reshape(points.shape), slope.reshape(points.shape)
 

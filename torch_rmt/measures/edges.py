@@ -10,7 +10,7 @@ from jaxtyping import Bool, Complex, Float
 
 from torch_rmt.measures.geometry import Geometry, LogGeometry
 
-_SMALL = 1e-5  # mass of an interval below which its inside is not looked at further
+_SMALL = 1e-6  # mass of an interval below which its inside is not looked at further
 _COARSE = 0.02  # largest mass of an interval of the mesh
 _ROUNDS, _LIMIT = 80, 20000  # of refinement; points
 _SECTIONS = 16  # pieces into which an edge's bracket is cut in one round
@@ -18,11 +18,12 @@ _SECTIONS = 16  # pieces into which an edge's bracket is cut in one round
 
 @dataclass(frozen=True)
 class Points:
-    """What is known at points of the axis, in order: F, the density and the subordination coordinates."""
+    """What is known at points of the axis, in order: F, the density and its slope, the subordination coordinates."""
 
     x: Float[np.ndarray, " n"]
     cdf: Float[np.ndarray, " n"]
     density: Float[np.ndarray, " n"]
+    slope: Float[np.ndarray, " n"]
     coordinates: Complex[np.ndarray, "k n"]
 
     def merged(self, other: Points) -> Points:
@@ -32,6 +33,7 @@ class Points:
             x,
             np.concatenate([self.cdf, other.cdf])[index],
             np.concatenate([self.density, other.density])[index],
+            np.concatenate([self.slope, other.slope])[index],
             np.concatenate([self.coordinates, other.coordinates], axis=1)[:, index],
         )
 
@@ -94,12 +96,15 @@ def build_mesh(measure: Convolved) -> Points:
         for location, weight in atoms:
             mass = mass - weight * ((x[:-1] < location) & (location <= x[1:]))
         straight = 0.5 * (density[1:] + density[:-1]) * width
-        uneven = np.abs(straight - mass) > 0.2 * np.maximum(straight, mass)
-        hidden = (density[1:] == 0) & (density[:-1] == 0) & (mass > 1e-11)
-        dip = np.zeros(x.size, dtype=bool)
-        dip[1:-1] = (density[1:-1] < density[:-2]) & (density[1:-1] < density[2:]) & (density[1:-1] > 0)
+        uneven = np.abs(straight - mass) > 0.05 * np.maximum(straight, mass)
+        bulk = density > 0
+        hidden = ~bulk[1:] & ~bulk[:-1] & (mass > 1e-11)
+        # falling, then rising: a minimum inside, which may be a gap unless both ends are near it
+        fall, rise = -points.slope[:-1] * width, points.slope[1:] * width
+        dip = bulk[1:] & bulk[:-1] & (fall > 0) & (rise > 0)
+        dip &= np.maximum(fall, rise) > 0.1 * np.minimum(density[:-1], density[1:])
         size = np.abs(x[1:]) + np.abs(x[:-1])
-        split = ((mass > _SMALL) & uneven) | hidden | (mass > _COARSE) | ((dip[1:] | dip[:-1]) & (width > 1e-3 * size))
+        split = ((mass > _SMALL) & uneven) | hidden | (mass > _COARSE) | dip
         split &= width > 1e-13 * size
         if not split.any() or x.size > _LIMIT:
             break

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Complex, Float
+from jaxtyping import Bool, Complex, Float
 
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.measures.half_plane import fold
@@ -93,6 +93,10 @@ class Geometry:
         """Largest imaginary part of each coordinate."""
         return np.full((len(self.factors), 1), np.inf)
 
+    def floor(self, zeta: Complex[np.ndarray, " n"]) -> Float[np.ndarray, "k n"]:
+        """Smallest imaginary part that each coordinate can have."""
+        return np.asarray(np.broadcast_to(np.maximum(zeta.imag, 0.0), (len(self.factors), zeta.size)))
+
     def coordinate(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
         """The point itself."""
         return z
@@ -133,8 +137,16 @@ class LogGeometry(Geometry):
     @cached_property
     def ceiling(self) -> Float[np.ndarray, "k 1"]:
         """Coordinates live in the strip 0 <= Im <= pi; beside a law with negative support, up to 2 pi."""
-        signed = np.array([[factor.law.bounds()[0] < 0] for factor in self.factors])
-        return np.where(signed | ~signed.any(), np.pi, 2 * np.pi)
+        return np.where(self._signed | ~self._signed.any(), np.pi, 2 * np.pi)
+
+    @cached_property
+    def _signed(self) -> Bool[np.ndarray, "k 1"]:
+        return np.array([[factor.law.bounds()[0] < 0] for factor in self.factors])
+
+    def floor(self, zeta: Complex[np.ndarray, " n"]) -> Float[np.ndarray, "k n"]:
+        """arg z, but 0 for a law with negative support and in rectangular products."""
+        free = self._signed | np.array([[factor.dimension != 1.0] for factor in self.factors]).any()
+        return np.where(free, 0.0, super().floor(zeta))
 
     def coordinate(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
         """Logarithm."""

@@ -42,22 +42,32 @@ def _is_pair(geometry: Geometry) -> bool:
 
 
 def _linear_solve(geometry: Geometry, dh: np.ndarray, c: np.ndarray | float, rhs: np.ndarray) -> np.ndarray:
-    """Solve [delta_ij (1 + h_i') - c_i n_j h_j'] d = rhs at every point."""
+    """Solve sum_j [delta_ij (1 + h_i') - c_i n_j h_j'] d_j = rhs_i at every point."""
+    counts = geometry.counts
     with np.errstate(all="ignore"):
         if _is_pair(geometry) and np.ndim(c) == 0:
             determinant = 1.0 - dh[0] * dh[1]
             return np.asarray(np.stack([rhs[0] + dh[1] * rhs[1], rhs[1] + dh[0] * rhs[0]]) / determinant)
-        inner = geometry.counts * dh / (1.0 + dh)
-        s = (inner * rhs).sum(axis=0) / (1.0 - (inner * c).sum(axis=0))
-        return np.asarray((rhs + c * s) / (1.0 + dh))
+        if len(rhs) == 1:
+            return np.asarray(rhs / (1.0 + dh - c * counts * dh))
+    matrix = -(c * np.ones_like(dh)).T[:, :, None] * (counts * dh).T[:, None, :]
+    if np.ndim(c) == 0:  # the sum on the diagonal without cancellation
+        np.einsum("nii->ni", matrix)[:] = 1.0 - ((counts - 1.0) * dh).T
+    else:
+        np.einsum("nii->ni", matrix)[:] += 1.0 + dh.T
+    sound = np.isfinite(matrix).all(axis=(1, 2)) & (np.abs(matrix).max(axis=(1, 2)) < 1e150)
+    matrix[~sound] = np.eye(len(rhs))
+    try:
+        solution = np.linalg.solve(matrix, rhs.T[:, :, None])[:, :, 0].T
+    except np.linalg.LinAlgError:
+        solution = np.linalg.solve(matrix + 1e-14 * np.eye(len(rhs)), rhs.T[:, :, None])[:, :, 0].T
+    solution[:, ~sound] = np.nan
+    return np.asarray(solution)
 
 
-def stability(geometry: Geometry, dh: np.ndarray, c: np.ndarray | float = 1.0) -> np.ndarray:
-    """1 - (product of slopes of the fixed-point map): positive at the right real solution, zero at an edge."""
-    with np.errstate(all="ignore"):
-        if _is_pair(geometry) and np.ndim(c) == 0:
-            return np.asarray(1.0 - dh[0] * dh[1])
-        return np.asarray(1.0 - (geometry.counts * c * dh / (1.0 + dh)).sum(axis=0))
+def _tangent(geometry: Geometry, dh: np.ndarray, c: np.ndarray | float) -> np.ndarray:
+    """Derivative of the coordinates by the coordinate of the point."""
+    return _linear_solve(geometry, dh, c, c * np.ones_like(dh))
 
 
 def _reflect(geometry: Geometry, w: np.ndarray) -> np.ndarray:
@@ -109,12 +119,11 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
     """Decide which candidate solutions at their final points are the right ones; make the real ones exactly real."""
     residual, dh, _ = _residual(geometry, zeta, w)
     good = residual < _TOLERANCE
-    floor = np.maximum(zeta.imag, 0.0)
     unit = geometry.length(w)
-    axis = floor == 0
+    axis = zeta.imag == 0
     if isinstance(geometry, LogGeometry):
-        axis = axis | (floor == np.pi)
-    inside = np.all(w.imag >= floor - 1e-9 * unit, axis=0) & ~axis
+        axis = axis | (zeta.imag == np.pi)
+    inside = np.all(w.imag >= geometry.floor(zeta) - 1e-9 * unit, axis=0) & ~axis
     inside |= np.all((w.imag > _INTERIOR * unit) & (w.imag < geometry.ceiling - _INTERIOR), axis=0) & axis
     accepted = good & inside
     rest = np.flatnonzero(axis & ~inside)
@@ -144,8 +153,10 @@ def _real_solution(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple
         step = np.where(np.isfinite(step) & (np.abs(step) < 0.1 * unit), step, 0.0)
         w = snap(w + step)
     residual, dh, c = _residual(geometry, zeta, w)
-    stable = stability(geometry, dh, c)
-    return w, (residual < _TOLERANCE) & (stable.real > -1e-7) & (np.abs(stable.imag) < 1e-7)
+    # a coordinate on the same side of its strip as the point moves with it, on the other side against it
+    sense = np.where(np.abs(w.imag - zeta.imag) < 1.0, 1.0, -1.0) * _tangent(geometry, dh, c)
+    stable = np.all((sense.real > -1e-6) & (np.abs(sense.imag) < 1e-6 * (1.0 + np.abs(sense.real))), axis=0)
+    return w, (residual < _TOLERANCE) & stable
 
 
 def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
@@ -161,10 +172,10 @@ def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarr
     ratio = np.full(z.shape, 0.25)
     log = isinstance(geometry, LogGeometry)
     jump = 0.02 * (np.abs(z) if log else np.full(z.shape, scale)) + 1e-290
-    done = np.zeros(z.shape, dtype=bool)
+    done, lost = np.zeros(z.shape, dtype=bool), np.zeros(z.shape, dtype=bool)
     result = w.copy()
     for _ in range(400):
-        todo = np.flatnonzero(~done)
+        todo = np.flatnonzero(~(done | lost))
         if not todo.size:
             break
         down = np.maximum(height[todo] * ratio[todo], z.imag[todo])
@@ -174,13 +185,15 @@ def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarr
         target = np.asarray(geometry.coordinate(there))
         h, dh = geometry.fields(w[:, todo])
         c = geometry.residual(zeta[todo], w[:, todo], h)[1]
-        tangent = _linear_solve(geometry, dh, c, c * np.ones_like(w[:, todo]))
+        tangent = _tangent(geometry, dh, c)
         with np.errstate(all="ignore"):
             guess = w[:, todo] + tangent * (target - zeta[todo])
         bad = ~np.all(np.isfinite(guess) & (guess.imag > 0) & (guess.imag < geometry.ceiling), axis=0)
         guess[:, bad] = w[:, todo[bad]]
         new, size, quiet = _newton(geometry, target, guess, 10, 1e-7)
-        ok = quiet & np.all(new.imag >= (1 - 1e-6) * np.minimum(target.imag, np.pi if log else np.inf) - 1e-12, axis=0)
+        with np.errstate(all="ignore"):
+            surprise = np.max(np.abs(new - guess) / geometry.length(new), axis=0)
+        ok = quiet & np.all(new.imag >= (1 - 1e-6) * geometry.floor(target) - 1e-12, axis=0)
         if final.any():
             last = np.flatnonzero(final)
             fine, _, _ = _newton(geometry, target[last], new[:, last], 30, 1e-14)
@@ -189,10 +202,11 @@ def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarr
             result[:, todo[last[right]]] = fine[:, right]
             done[todo[last[right]]] = True
             jump[todo[last[~right]]] *= 0.02
+            lost |= jump < 1e-16 * np.maximum(np.abs(z), 0.0 if log else scale)
             ok[last] = False  # a failed jump goes on from where it was
         move = todo[ok]
         w[:, move], zeta[move], height[move] = new[:, ok], target[ok], down[ok]
-        ratio[move] = np.maximum(0.25, ratio[move] ** 1.5)
+        ratio[move] = np.where(surprise[ok] < 0.02, np.maximum(ratio[move] ** 1.5, 1e-6), ratio[move])
         slow = todo[~ok & ~final]
         ratio[slow] = np.sqrt(ratio[slow])
     return result, done
@@ -285,7 +299,7 @@ def solve(
     zeta = np.asarray(geometry.coordinate(z))
     residual, dh, c = _residual(geometry, zeta, w)
     h, _ = geometry.fields(w)
-    tangent = _linear_solve(geometry, dh, c, c * np.ones_like(w))
+    tangent = _tangent(geometry, dh, c)
     with np.errstate(all="ignore"):
         slope = 1.0 + (geometry.counts * dh * tangent).sum(axis=0)
     common = zeta + (geometry.counts * h).sum(axis=0)
