@@ -100,3 +100,14 @@ class SampleCovarianceLaw(RationalCurveLaw):
         for size, rate in self.jumps:
             value = value + rate * log_from_above(1.0 - size * s)
         return value
+
+    def outlier(self, strength: float) -> float | None:
+        """Eigenvalue that a rank-one mean of squared singular value `strength` pulls out of the bulk, or None.
+
+        A spike `strength` of the population, spread evenly: strength G_population(w) = 1, i.e. z at s = 1/strength.
+        """
+        _, (_, critical) = self._gaps[-1]
+        if strength * critical <= 1.0:
+            return None
+        top, bottom = self._curves[-1]
+        return float(np.polyval(top, 1.0 / strength) / np.polyval(bottom, 1.0 / strength))

@@ -1,0 +1,212 @@
+"""Laws given by a system of analytic equations: Newton's method, led down from the far upper half-plane to the axis."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Complex, Float
+from numpy.typing import ArrayLike
+
+from torch_rmt.measures.base import Interval, SpectralMeasure
+from torch_rmt.measures.half_plane import fold, unfold
+
+Unknowns = Complex[np.ndarray, "unknowns points"]
+_FACTOR = 0.35  # of height, each step of the descent; found by tuning, failures halve it in logarithm
+_NEWTON = 9
+_TABLE = 97  # angles per band; the starts between them are linear
+
+
+class NewtonLaw(SpectralMeasure):
+    """A law whose Stieltjes transform follows from K unknowns y with F(y) = 0, F_K(y) = Z(y) - z.
+
+    The physical solution is the one that continues that at z -> i infinity through the upper half-plane; so Newton's
+    method is led down on vertical lines, and every step is checked against what the unknowns, being Stieltjes transforms
+    or subordination functions, must satisfy there. On the bands of the support the starts come from a table made once.
+    """
+
+    @abstractmethod
+    def _equations(
+        self, y: Unknowns, z: Complex[np.ndarray, " points"]
+    ) -> tuple[Unknowns, Complex[np.ndarray, "unknowns unknowns points"]]:
+        """F and its Jacobian."""
+
+    @abstractmethod
+    def _far(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
+        """The solution for z far away, to first order."""
+
+    @abstractmethod
+    def _admissible(self, y: Unknowns) -> Bool[np.ndarray, " points"]:
+        """Whether the unknowns lie in the (closed) half-planes that they must lie in; rounding forgiven."""
+
+    @abstractmethod
+    def _transform(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> Complex[np.ndarray, " points"]:
+        """G(z) from the unknowns."""
+
+    @abstractmethod
+    def _potential(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> Complex[np.ndarray, " points"]:
+        """The primitive of G that behaves as log z at infinity."""
+
+    @abstractmethod
+    def _scale(self) -> float:
+        """A length of the order of the largest eigenvalue."""
+
+    def _step(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> tuple[Unknowns, Unknowns]:
+        """Newton step, and the tangent dy/dz."""
+        value, slope = self._equations(y, z)
+        right = np.zeros((y.shape[1], y.shape[0], 2), dtype=complex)
+        right[:, :, 0] = value.T
+        right[:, -1, 1] = 1.0
+        with np.errstate(all="ignore"):
+            solved = _solve(slope.transpose(2, 0, 1), right)
+        return solved[:, :, 0].T, solved[:, :, 1].T
+
+    def _newton(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> tuple[Unknowns, np.ndarray]:
+        """Polish; return the unknowns and which points came to rest in their half-planes."""
+        y = y.copy()
+        active = np.arange(len(z))
+        rest = np.zeros(len(z), dtype=bool)
+        for _ in range(_NEWTON):
+            move, _ = self._step(y[:, active], z[active])
+            with np.errstate(all="ignore"):
+                y[:, active] -= move
+                small = np.all(np.abs(move) <= 1e-11 * np.abs(y[:, active]), axis=0)
+            rest[active[small]] = True
+            active = active[~small & np.isfinite(move).all(axis=0)]
+            if not active.size:
+                break
+        with np.errstate(all="ignore"):
+            return y, rest & self._admissible(y)
+
+    def _descend(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
+        """Follow vertical lines down to z."""
+        top = 6.0 * self._scale() + np.abs(z)
+        here = z.real + 1j * np.maximum(z.imag, top)
+        y, good = self._newton(self._far(here), here)
+        if not good.all():
+            raise RuntimeError(f"no solution far above the axis at z = {here[~good][:3]}; the equations are at fault")
+        ratio = np.full(len(z), _FACTOR)
+        floor = 1e-9 * self._scale()
+        # 400 steps: from the top down to 1e-9 at a tenth of the usual logarithmic pace
+        for _ in range(400):
+            todo = np.flatnonzero(here.imag > z.imag)
+            if not todo.size:
+                break
+            height = here[todo].imag * ratio[todo]
+            height = np.where(height <= np.maximum(floor, z[todo].imag), z[todo].imag, height)
+            next_z = z[todo].real + 1j * height
+            _, tangent = self._step(y[:, todo], here[todo])
+            start = y[:, todo] + tangent * (next_z - here[todo])
+            start = np.where(np.isfinite(start) & self._admissible(start)[None, :], start, y[:, todo])
+            found, good = self._newton(start, next_z)
+            # The last step, onto the axis near an edge, converges slowly: there the value above the axis serves.
+            stuck = ~good & (here[todo].imag <= 4.0 * floor)
+            found[:, stuck] = y[:, todo[stuck]]
+            good |= stuck
+            y[:, todo[good]] = found[:, good]
+            here[todo[good]] = next_z[good]
+            ratio[todo] = np.where(good, np.maximum(ratio[todo] ** 1.5, _FACTOR), np.sqrt(ratio[todo]))
+        return y
+
+    @cached_property
+    def _table(self) -> tuple[tuple[Interval, Float[np.ndarray, " angles"], Unknowns], ...]:
+        angle = np.pi * (np.arange(_TABLE) + 0.5) / _TABLE
+        bands = self.support()
+        x = np.concatenate([0.5 * (a + b) - 0.5 * (b - a) * np.cos(angle) for a, b in bands] or [np.zeros(0)])
+        y = self._descend(x.astype(complex)) if x.size else np.zeros((0, 0), dtype=complex)
+        return tuple(
+            (band, angle, y[:, k * _TABLE : (k + 1) * _TABLE]) for k, band in enumerate(bands)
+        )
+
+    def _unknowns(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
+        """Physical solution at points of the closed upper half-plane."""
+        pending = np.ones(len(z), dtype=bool)
+        parts: list[tuple[np.ndarray, Unknowns]] = []
+        real = z.imag == 0.0
+        if real.any():
+            for (low, high), angles, table in self._table:
+                here = np.flatnonzero(real & (z.real > low) & (z.real < high))
+                if not here.size:
+                    continue
+                x = z[here].real
+                at = np.arccos(np.clip((low + high - 2.0 * x) / (high - low), -1.0, 1.0))
+                start = np.stack([np.interp(at, angles, row.real) + 1j * np.interp(at, angles, row.imag) for row in table])
+                found, good = self._newton(start, z[here])
+                parts.append((here[good], found[:, good]))
+                pending[here[good]] = False
+        rest = np.flatnonzero(pending)
+        if rest.size:
+            parts.append((rest, self._descend(z[rest])))
+        y = np.empty((parts[0][1].shape[0], len(z)), dtype=complex)
+        for where, value in parts:
+            y[:, where] = value
+        return y
+
+    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """G(z) by Newton's method; at real z the boundary value from above."""
+        flat, below = fold(np.asarray(z, dtype=complex).ravel())
+        if not flat.size:
+            return flat.reshape(np.shape(z))
+        return unfold(self._transform(self._unknowns(flat), flat), below).reshape(np.shape(z))
+
+    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """Integral of log(z - t) rho(dt), in closed form in the unknowns."""
+        flat, below = fold(np.asarray(z, dtype=complex).ravel())
+        if not flat.size:
+            return flat.reshape(np.shape(z))
+        return unfold(self._potential(self._unknowns(flat), flat), below).reshape(np.shape(z))
+
+    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """Density of the continuous part, -Im G(x + i0) / pi; zero outside the support."""
+        points = np.asarray(x, dtype=float)
+        value = np.zeros(points.shape)
+        inside = np.zeros(points.shape, dtype=bool)
+        for low, high in self.support():
+            inside |= (points > low) & (points < high)
+        if inside.any():
+            value[inside] = np.maximum(-self.stieltjes(points[inside]).imag / np.pi, 0.0)
+        return value
+
+    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """F(x) = 1 - Im Phi / pi in closed form; constant between the bands."""
+        points = np.asarray(x, dtype=float)
+        value = np.zeros(points.shape)
+        inside = np.zeros(points.shape, dtype=bool)
+        for low, high in self.support():
+            inside |= (points > low) & (points < high)
+        for location, mass in self.atoms():
+            value += np.where(~inside & (points >= location), mass, 0.0)
+        for (_, high), mass in zip(self.support(), self._band_masses, strict=True):
+            value += np.where(~inside & (points >= high), mass, 0.0)
+        if inside.any():
+            value[inside] = np.clip(1.0 - self.log_potential(points[inside]).imag / np.pi, 0.0, 1.0)
+        return np.asarray(np.minimum(value, 1.0))
+
+    @cached_property
+    def _band_masses(self) -> tuple[float, ...]:
+        """Mass of each band: what is left at its right end less what was there at its left, atoms apart."""
+        bands = self.support()
+        if len(bands) == 1:
+            return (1.0 - sum(mass for _, mass in self.atoms()),)
+        middles = np.array([0.5 * (a[1] + b[0]) for a, b in zip(bands, bands[1:], strict=False)])
+        atoms = np.array([[m * (location <= x) for location, m in self.atoms()] for x in middles]).sum(axis=1)
+        levels = 1.0 - self.log_potential(middles).imag / np.pi - atoms
+        total = 1.0 - sum(mass for _, mass in self.atoms())
+        return tuple(np.diff(np.concatenate([[0.0], levels, [total]])).tolist())
+
+
+def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solve many small systems; singular ones give NaN instead of an exception."""
+    if matrix.shape[1] == 1:
+        return np.asarray(right / matrix)
+    if matrix.shape[1] == 2:
+        a, b, c, d = matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1]
+        determinant = (a * d - b * c)[:, None]
+        first = (d[:, None] * right[:, 0] - b[:, None] * right[:, 1]) / determinant
+        second = (a[:, None] * right[:, 1] - c[:, None] * right[:, 0]) / determinant
+        return np.stack([first, second], axis=1)
+    try:
+        return np.asarray(np.linalg.solve(matrix, right))
+    except np.linalg.LinAlgError:
+        return np.full(right.shape, np.nan, dtype=complex)
