@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Complex, Float
@@ -13,6 +13,7 @@ _DECADES = 16.0  # of height that a vertical line crosses on its way down to the
 _PANELS, _NODES = 36, 8  # Gauss-Legendre panels of one unit of log height: 1e-12, found by tuning
 
 
+@runtime_checkable
 class Transformed(Protocol):
     """What the functions of this module need of a measure."""
 
