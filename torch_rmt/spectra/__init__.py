@@ -6,10 +6,12 @@ from torch_rmt.spectra.exact import to_dense as to_dense
 from torch_rmt.spectra.extremes import ExtremeEigenvalues as ExtremeEigenvalues
 from torch_rmt.spectra.extremes import top_eigenvalues as top_eigenvalues
 from torch_rmt.spectra.golub_kahan import golub_kahan as golub_kahan
+from torch_rmt.spectra.gram import Complement as Complement
 from torch_rmt.spectra.gram import Gram as Gram
 from torch_rmt.spectra.kpm import KPM as KPM
 from torch_rmt.spectra.lanczos import lanczos as lanczos
 from torch_rmt.spectra.slq import SLQ as SLQ
+from torch_rmt.spectra.slq import spectrum_within as spectrum_within
 from torch_rmt.spectra.spectrum import Spectrum as Spectrum
 from torch_rmt.spectra.traces import diagonal as diagonal
 from torch_rmt.spectra.traces import hutch_plus_plus as hutch_plus_plus

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.spectra.lanczos import orthogonal_to, unit
+from torch_rmt.spectra.lanczos import continued, orthogonal_to, unit
 from torch_rmt.spectra.probes import require_finite, require_size
 
 
@@ -83,14 +83,19 @@ def golub_kahan(
 
 
 def squared_gauss_rule(
-    bidiagonal: Bidiagonal,
-) -> tuple[Float[np.ndarray, "probes steps"], Float[np.ndarray, "probes steps"]]:
-    """Nodes (squared singular values of B) and weights of each probe's Gauss rule for A^T A, ascending."""
-    probes, steps = bidiagonal.diagonal.shape
+    bidiagonal: Bidiagonal, *, tail: int = 0
+) -> tuple[Float[np.ndarray, "probes nodes"], Float[np.ndarray, "probes nodes"]]:
+    """Nodes (squared singular values of B) and weights of each probe's Gauss rule for A^T A, ascending.
+
+    `tail` as in `gauss_rule`; B stays a real matrix, so that no node falls below zero.
+    """
+    diagonal = continued(bidiagonal.diagonal, tail)
+    offdiagonal = continued(bidiagonal.offdiagonal, tail)
+    probes, steps = diagonal.shape
     matrices = np.zeros((probes, steps, steps))
     along = np.arange(steps)
-    matrices[:, along, along] = bidiagonal.diagonal
-    matrices[:, along[:-1], along[1:]] = bidiagonal.offdiagonal[:, :-1]
+    matrices[:, along, along] = diagonal
+    matrices[:, along[:-1], along[1:]] = offdiagonal[:, :-1]
     _, singular, right = np.linalg.svd(matrices)
     weights = right[:, ::-1, 0] ** 2
     return singular[:, ::-1] ** 2, weights / weights.sum(axis=1, keepdims=True)

@@ -83,18 +83,25 @@ def lanczos(
 
 
 def gauss_rule(
-    tridiagonal: Tridiagonal,
-) -> tuple[Float[np.ndarray, "probes steps"], Float[np.ndarray, "probes steps"]]:
-    """Nodes (Ritz values) and weights (squared first components) of each probe's Gauss rule.
+    tridiagonal: Tridiagonal, *, tail: int = 0
+) -> tuple[Float[np.ndarray, "probes nodes"], Float[np.ndarray, "probes nodes"]]:
+    """Nodes and weights (squared first components) of each probe's Gauss rule.
 
-    The rule with m nodes integrates polynomials to degree 2m - 1 exactly against the probe's spectral measure
-    (Golub and Welsch 1969).
+    The rule of m steps integrates polynomials to degree 2m - 1 exactly against the probe's spectral measure
+    (Golub and Welsch 1969); its nodes are the Ritz values. A `tail` of so many more rows, with the mean of
+    the last four coefficients in each, keeps that and puts many nodes where the spectrum is dense.
     """
-    values, vectors = np.linalg.eigh(
-        tridiagonal_matrices(tridiagonal.diagonal, tridiagonal.offdiagonal[:, :-1])
-    )
+    diagonal = continued(tridiagonal.diagonal, tail)
+    offdiagonal = continued(tridiagonal.offdiagonal, tail)
+    values, vectors = np.linalg.eigh(tridiagonal_matrices(diagonal, offdiagonal[:, :-1]))
     weights = vectors[:, 0, :] ** 2
     return values, weights / weights.sum(axis=1, keepdims=True)
+
+
+def continued(coefficients: Float[np.ndarray, "probes steps"], tail: int) -> Float[np.ndarray, "probes rows"]:
+    """Rows of coefficients, each with `tail` more entries that are the mean of its last four."""
+    last = coefficients[:, -4:].mean(axis=1, keepdims=True)
+    return np.concatenate([coefficients, np.repeat(last, tail, axis=1)], axis=1)
 
 
 def tridiagonal_matrices(

@@ -6,33 +6,48 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
+from torch_rmt.spectra.exact import exact
+from torch_rmt.spectra.extremes import top_eigenvalues
 from torch_rmt.spectra.golub_kahan import golub_kahan, squared_gauss_rule
+from torch_rmt.spectra.gram import Complement, Gram
 from torch_rmt.spectra.lanczos import gauss_rule, lanczos
 from torch_rmt.spectra.probes import require_size, sphere
 from torch_rmt.spectra.spectrum import Spectrum
 
 _CHEAP_BASIS_BYTES = 2**24  # below this, full reorthogonalisation costs less than a product; found by tuning
+_SHORTEST_TAIL = 128  # rows; found by tuning: more only cost memory
 _VECTOR_BYTES = 2**30  # the recurrence's own vectors of one block of probes stay below this
+_DEFLATION_TOLERANCE = 1e-2  # of residuals: an eigenvalue is then known to about its square
+_SHARE_FOR_DEFLATION = 0.35  # of a budget, found by tuning on Hessians, as are the next two
+_PRODUCTS_PER_OUTLIER = 5
+_BUDGET_FOR_DEFLATION = 100
+_STEPS_PER_ROOT = 2.2  # depth = this times the square root of the budget
 
 
 @dataclass(frozen=True)
 class SLQ:
     """Stochastic Lanczos quadrature with `probes` random vectors and `depth` Lanczos steps each.
 
-    mean_i f(lambda_i) = E v^T f(A) v, v uniform on the unit sphere, and v^T f(A) v = sum_j w_j f(theta_j) by
-    Gauss quadrature on the Lanczos matrix, exact for polynomials of degree 2 depth - 1. Unbiased for
-    those; the standard error falls as (probes * dim)^(-1/2).
+    mean_i f(lambda_i) = E v^T f(A) v, v uniform on the unit sphere, and v^T f(A) v = sum_j w_j f(theta_j)
+    by Gauss quadrature on the Lanczos matrix. The Lanczos matrix is continued by a constant tail, the mean
+    of its last coefficients, as the recursion method of solid-state physics does: the rule stays exact for
+    polynomials of degree 2 depth - 1, its weights positive, and the steps of its distribution function
+    become small. Unbiased for those polynomials; the standard error falls as (probes * dim)^(-1/2).
     An operator that is not symmetric is measured as A^T A or A A^T, whichever is smaller, and its zeros
-    counted.
-    (Golub and Meurant 1994; Ubaru, Chen and Saad 2017.)
+    counted. (Golub and Meurant 1994; Ubaru, Chen and Saad 2017; tail: Haydock, Heine and Kelly 1975.)
 
     Fields:
         probes: number of random vectors; they share every product, as columns of one `matmat`.
         depth: Lanczos steps for each; taken down to the dimension where that is smaller.
-        reorthogonalise: True keeps and reorthogonalises the whole basis (memory probes * depth * dim); False
-            never does; None does where the basis is so small that it costs nothing.
+        deflate: so many eigenvalues, largest in magnitude, are found first by `top_eigenvalues`, enter the
+            spectrum with their exact weight, and the probes are drawn from the complement. Pays where few
+            outliers carry most of the second moment and the budget is some hundreds of products.
+        reorthogonalise: True keeps and reorthogonalises the whole basis (memory probes * depth * dim);
+            False never does; None does where the basis is so small that it costs nothing.
 
     >>> from torch_rmt.spectra import DenseOperator
     >>> identity = DenseOperator(torch.eye(50, dtype=torch.float64), symmetric=True)
@@ -43,64 +58,128 @@ class SLQ:
 
     probes: int = 8
     depth: int = 64
+    deflate: int = 0
     reorthogonalise: bool | None = None
 
     def __post_init__(self) -> None:
         if self.probes < 1 or self.depth < 1:
             raise ValueError(f"SLQ needs at least one probe and one step, got {self.probes} and {self.depth}")
+        if self.deflate < 0:
+            raise ValueError(f"deflate counts eigenvalues, got {self.deflate}")
+
+    @classmethod
+    def for_budget(cls, matvecs: int) -> SLQ:
+        """Choose probes and depth for a number of products.
+
+        More steps blur less, more probes scatter less; the balance, found by tuning on Hessians of trained
+        and untrained networks, is a depth of 2.2 times the square root of the budget.
+
+        >>> SLQ.for_budget(30), SLQ.for_budget(800)
+        (SLQ(probes=2, depth=15, deflate=0, reorthogonalise=None), SLQ(probes=13, depth=61, deflate=0, \
+reorthogonalise=None))
+        """
+        if matvecs < 1:
+            raise ValueError(f"a budget is at least one product, got {matvecs}")
+        probes = max(1, round(matvecs**0.5 / _STEPS_PER_ROOT))
+        return cls(probes=probes, depth=matvecs // probes)
 
     def __call__(self, operator: LinearOperator, generator: torch.Generator) -> Spectrum:
         """Measure the operator; probes come from `generator` alone."""
         columns = require_size(operator)
-        target = operator if operator.shape[1] <= operator.shape[0] else operator.adjoint()
-        dim = target.shape[1]
-        steps = min(self.depth, dim)
+        seed = generator.initial_seed()
+        smaller = operator if operator.shape[1] <= operator.shape[0] else operator.adjoint()
+        known, spent, vectors = _outliers(smaller, self.deflate, generator)
+        dim = smaller.shape[1]
+        steps = min(self.depth, dim - len(known))
         full = self.reorthogonalise
         if full is None:
             full = dim * steps * operator.dtype.itemsize <= _CHEAP_BASIS_BYTES
-        kept = steps + 3 if full else 4
-        block = max(1, min(self.probes, _VECTOR_BYTES // (kept * dim * operator.dtype.itemsize)))
-        nodes, weights = [], []
-        seed = generator.initial_seed()
+        block = _VECTOR_BYTES // ((steps + 3 if full else 4) * dim * operator.dtype.itemsize)
+        block = max(1, min(self.probes, block))
+        rules = []
         for first in range(0, self.probes, block):
             count = min(block, self.probes - first)
             start = sphere(dim, count, generator, device=operator.device, dtype=operator.dtype)
-            if operator.symmetric:
-                values, masses = gauss_rule(lanczos(target, start, steps, reorthogonalise=full))
-            else:
-                values, masses = squared_gauss_rule(golub_kahan(target, start, steps, reorthogonalise=full))
-            nodes.append(values)
-            weights.append(masses)
-        spectrum = Spectrum(
-            nodes=np.concatenate(nodes),
-            weights=np.concatenate(weights),
-            dim=dim,
-            matvecs=self.probes * steps * (1 if operator.symmetric else 2),
-            method=f"slq, {self.probes} probes x {steps} steps" + (", reorthogonalised" if full else ""),
+            rules.append(_rule(smaller, start, steps, vectors, full))
+        nodes = np.concatenate([rule[0] for rule in rules])
+        weights = np.concatenate([rule[1] for rule in rules])
+        zeros = columns - dim
+        if not operator.symmetric:
+            nodes = np.maximum(nodes, 0.0)
+        certain = np.concatenate([known, np.zeros(1 if zeros else 0)])
+        masses = np.concatenate([np.ones(len(known)), np.full(1 if zeros else 0, float(zeros))]) / columns
+        weights = np.concatenate([weights * (1.0 - masses.sum()), np.tile(masses, (self.probes, 1))], axis=1)
+        tags = [f"{len(known)} eigenvalues deflated"] * bool(len(known)) + ["reorthogonalised"] * full
+        return Spectrum(
+            nodes=np.concatenate([nodes, np.tile(certain, (self.probes, 1))], axis=1),
+            weights=weights,
+            dim=columns,
+            matvecs=spent + self.probes * steps * (1 if operator.symmetric else 2),
+            method=", ".join([f"slq, {self.probes} probes x {steps} steps", *tags]),
             seed=seed,
             symmetric=operator.symmetric,
+            known=len(certain),
+            known_count=len(known) + zeros,
         )
-        return spectrum if operator.symmetric else _with_zeros(spectrum, columns)
 
 
-def _with_zeros(spectrum: Spectrum, columns: int) -> Spectrum:
-    """The law of A^T A from that of the smaller of A^T A and A A^T: the rest are zeros, counted exactly."""
-    zeros = columns - spectrum.dim
-    nodes, weights = np.maximum(spectrum.nodes, 0.0), spectrum.weights
-    if zeros:
-        share = spectrum.dim / columns
-        extra = np.zeros((nodes.shape[0], 1))
-        nodes = np.concatenate([nodes, extra], axis=1)
-        weights = np.concatenate([weights * share, extra + (1.0 - share)], axis=1)
-    return Spectrum(
-        nodes=nodes,
-        weights=weights,
-        dim=columns,
-        matvecs=spectrum.matvecs,
-        method=spectrum.method,
-        seed=spectrum.seed,
-        symmetric=False,
-        notes=spectrum.notes,
-        known=1 if zeros else 0,
-        known_count=zeros,
+def spectrum_within(operator: LinearOperator, generator: torch.Generator, *, matvecs: int) -> Spectrum:
+    """Spend at most about so many products on a spectrum, in the way that leaves the smallest error.
+
+    Dense where the budget covers the dimension, since nothing is cheaper then; otherwise SLQ, with a third
+    of a budget from 100 products on spent on deflating outliers. A product with A^T A counts as two.
+
+    >>> from torch_rmt.spectra import DenseOperator
+    >>> operator = DenseOperator(torch.diag(torch.arange(1.0, 31.0)), symmetric=True)
+    >>> spectrum_within(operator, torch.Generator().manual_seed(0), matvecs=40).method
+    'exact'
+    """
+    price = 1 if operator.symmetric else 2
+    if matvecs >= min(operator.shape):
+        return exact(operator)
+    budget = max(1, matvecs // price)
+    for_outliers = int(_SHARE_FOR_DEFLATION * budget)
+    if budget < _BUDGET_FOR_DEFLATION:
+        return SLQ.for_budget(budget)(operator, generator)
+    plan = SLQ.for_budget(budget - for_outliers)
+    outliers = for_outliers // _PRODUCTS_PER_OUTLIER
+    return SLQ(probes=plan.probes, depth=plan.depth, deflate=outliers)(operator, generator)
+
+
+def _outliers(
+    operator: LinearOperator, count: int, generator: torch.Generator
+) -> tuple[Float[np.ndarray, " known"], int, Float[Tensor, "dim known"] | None]:
+    """Eigenvalues (of A^T A if A is not symmetric) to deflate, the products they cost and their vectors."""
+    count = min(count, operator.shape[1] - 1)
+    if count < 1:
+        return np.zeros(0), 0, None
+    found = top_eigenvalues(
+        operator, count, generator, tolerance=_DEFLATION_TOLERANCE, max_matvecs=6 * count + 10
     )
+    good = found.residuals <= 2.0 * _DEFLATION_TOLERANCE * np.abs(found.values)
+    if not good.any():
+        return np.zeros(0), found.matvecs, None
+    return (
+        found.values[good],
+        found.matvecs,
+        found.vectors[:, torch.from_numpy(good).to(found.vectors.device)],
+    )
+
+
+def _rule(
+    operator: LinearOperator,
+    start: Float[Tensor, "dim probes"],
+    steps: int,
+    vectors: Float[Tensor, "dim known"] | None,
+    full: bool,
+) -> tuple[Float[np.ndarray, "probes nodes"], Float[np.ndarray, "probes nodes"]]:
+    """Quadrature of one block of probes, on the complement of `vectors` where there are any."""
+    spanned = steps >= operator.shape[1] - (0 if vectors is None else vectors.shape[1])
+    tail = 0 if spanned else max(2 * steps, _SHORTEST_TAIL)
+    if vectors is None and not operator.symmetric:
+        return squared_gauss_rule(golub_kahan(operator, start, steps, reorthogonalise=full), tail=tail)
+    target = operator if operator.symmetric else Gram(operator)
+    if vectors is not None:
+        target = Complement(target, vectors)
+        start = target.project(start)
+    return gauss_rule(lanczos(target, start, steps, reorthogonalise=full), tail=tail)

