@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Complex, Float
@@ -38,6 +38,7 @@ class Points:
         )
 
 
+@runtime_checkable
 class Convolved(Protocol):
     """What the search needs of a free convolution."""
 
