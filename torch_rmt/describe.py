@@ -70,9 +70,23 @@ def describe(
     ...  describe(net, torch.ones(1, 8)).layers]
     [('0', 8, 'tanh'), ('2', 2, None)]
     """
-    graph = record(module, example_input)
     if source is None and target is None:
-        return _longest_chain(graph)
+        return _longest_chain(record(module, example_input))
+    return describe_between(module, example_input, source, target)
+
+
+def describe_between(
+    module: nn.Module, example_input: Any, source: str | None, target: str | None
+) -> Architecture:
+    """Describe the way from one module's output to another's; None is the network's input or output.
+
+    As `describe` with ends, and strict for the whole network too: what is returned is the chain whose
+    Jacobian `operators.Jacobian(module, x, source, target)` measures.
+
+    Raises:
+        ValueError: something on the way was not understood, or a name is wrong.
+    """
+    graph = record(module, example_input)
     stop = graph.inputs[0] if source is None else _output_number(graph, module, source)
     end = graph.output if target is None else _output_number(graph, module, target)
     chain = _chain_between(graph, stop, end)
@@ -217,11 +231,20 @@ def _chain_between(graph: ForwardGraph, start: int, end: int) -> Architecture | 
 
 
 def _output_number(graph: ForwardGraph, module: nn.Module, name: str) -> int:
-    if name in graph.module_output:
-        return graph.module_output[name]
-    names = [n for n, _ in module.named_modules() if n]
-    if name in names:
-        raise ValueError(f"module {name!r} returns no tensor or is not called in this forward pass")
+    plain, _, call = name.partition("#")
+    module = getattr(module, "_orig_mod", module)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    names = [n for n in modules if n]
+    if plain in names:
+        first = next(n for n, m in modules.items() if m is modules[plain])  # of a module with two names
+        numbers = graph.module_outputs.get(first, [])
+        if not numbers:
+            raise ValueError(f"module {name!r} returns no tensor or is not called in this forward pass")
+        if len(numbers) > 1 and not call:
+            raise ValueError(f"module {name!r} is called {len(numbers)} times; say which, as in '{name}#1'")
+        if call and not (call.isdigit() and 1 <= int(call) <= len(numbers)):
+            raise ValueError(f"{name!r}: module {plain!r} is called {len(numbers)} times")
+        return numbers[int(call) - 1 if call else 0]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
     raise ValueError(
         f"no module is called {name!r}; nearest: {', '.join(map(repr, near)) or 'there are none'}"
@@ -231,9 +254,10 @@ def _output_number(graph: ForwardGraph, module: nn.Module, name: str) -> int:
 def _names(graph: ForwardGraph) -> dict[int, str]:
     """Module names by the number of their output; the outermost of several, the network itself left out."""
     names: dict[int, str] = {}
-    for name, number in graph.module_output.items():
-        if name and (number not in names or len(name) < len(names[number])):
-            names[number] = name
+    for name, numbers in graph.module_outputs.items():
+        for call, number in enumerate(numbers, start=1):
+            if name and (number not in names or len(name) < len(names[number])):
+                names[number] = name if len(numbers) == 1 else f"{name}#{call}"
     return names
 
 

@@ -89,7 +89,7 @@ class ForwardGraph:
     samples: dict[int, Tensor] = field(default_factory=dict)
     shapes: dict[int, torch.Size] = field(default_factory=dict)
     weights: list[WeightUse] = field(default_factory=list)
-    module_output: dict[str, int] = field(default_factory=dict)
+    module_outputs: dict[str, list[int]] = field(default_factory=dict)
     inputs: tuple[int, ...] = ()
     output: int = -1
 
@@ -254,9 +254,8 @@ def _named(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
             recorder.stack.pop()
             first = next(_tensors(output), None)
             if first is not None:
-                # The first call counts where a module is used more than once, as in operators.Jacobian.
                 number = recorder.number(first)
-                recorder.graph.module_output.setdefault(name, number)
+                recorder.graph.module_outputs.setdefault(name, []).append(number)
                 if first.is_floating_point() and first.numel():
                     recorder.graph.mean_square[number] = float(first.detach().double().square().mean())
 
