@@ -71,7 +71,7 @@ def _interval(operator: LinearOperator, generator: torch.Generator) -> tuple[flo
     """Interval that holds the spectrum: the extreme Ritz values moved out by their residual bounds."""
     dim = operator.shape[0]
     start = sphere(dim, 1, generator, device=operator.device, dtype=operator.dtype)
-    run = lanczos(operator, start, min(_STEPS_FOR_THE_INTERVAL, dim), reorthogonalise=True)
+    run = lanczos(operator, start, min(_STEPS_FOR_THE_INTERVAL, dim), reorthogonalise="full")
     values = np.linalg.eigvalsh(tridiagonal_matrices(run.diagonal, run.offdiagonal[:, :-1]))[0]
     margin = float(run.offdiagonal[0, -1]) + 1e-3 * float(values[-1] - values[0])
     margin = max(margin, 1e-6 * float(np.abs(values).max()), 1e-30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,7 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
+from torch_rmt.spectra.orthogonality import OrthogonalityForecast
 from torch_rmt.spectra.probes import column_norms, require_finite, require_symmetric
+
+Reorthogonalise = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,24 @@ class Tridiagonal:
 
 
 def lanczos(
-    operator: LinearOperator, start: Float[Tensor, "dim probes"], steps: int, *, reorthogonalise: bool
+    operator: LinearOperator,
+    start: Float[Tensor, "dim probes"],
+    steps: int,
+    *,
+    reorthogonalise: Reorthogonalise,
 ) -> Tridiagonal:
     """Run the three-term recurrence from each column of `start`.
 
     w = A q_j - beta_{j-1} q_{j-1};  alpha_j = q_j . w;  w -= alpha_j q_j;
     beta_j = |w|;  q_{j+1} = w / beta_j.
 
-    With `reorthogonalise` every new vector is made orthogonal to all earlier ones, twice (Kahan and
-    Parlett: twice is enough), which costs memory for the basis and lets no ghost arise. Without it the
-    Gauss rule is as good for a density (Greenbaum 1989) but Ritz values come back in several copies.
-    The scalars are kept in float64 and nothing is read from the device until the last step is done.
+    With "full" reorthogonalisation every new vector is made orthogonal to all earlier ones, twice (Kahan and
+    Parlett: twice is enough), which costs memory for the basis and lets no ghost arise. "selective" does so
+    only when the coefficients foretell that orthogonality is being lost (see `OrthogonalityForecast`) and is
+    as free of ghosts for a fraction of the work. With "none" the Gauss rule is as good for a density
+    (Greenbaum 1989) but Ritz values come back in several copies.
+    The scalars are kept in float64. Nothing is read from the device until the last step is done, except by
+    "selective", which decides at every step and is therefore meant for the CPU.
 
     Raises ValueError for an operator that is not symmetric, a zero start vector or non-finite products.
     """
@@ -50,16 +61,17 @@ def lanczos(
     steps = min(steps, dim)
     probes = start.shape[1]
     eps = torch.finfo(operator.dtype).eps
-    basis = (
-        torch.zeros(probes, steps, dim, device=operator.device, dtype=operator.dtype)
-        if reorthogonalise
-        else None
-    )
-    q, lengths = unit(start, torch.zeros(probes, device=operator.device, dtype=torch.float64))
+    basis = None
+    if reorthogonalise != "none":
+        basis = torch.zeros(probes, steps, dim, device=operator.device, dtype=operator.dtype)
+    floor = torch.zeros(probes, device=operator.device, dtype=torch.float64)
+    q, lengths = unit(start, floor)
     previous = torch.zeros_like(q)
     beta = torch.zeros_like(lengths)
     scale = torch.zeros_like(lengths)
-    alphas, betas = [], []
+    forecast = OrthogonalityForecast(probes, steps, dim, eps) if reorthogonalise == "selective" else None
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
     for step in range(steps):
         if basis is not None:
             basis[:, step] = q.T
@@ -67,9 +79,14 @@ def lanczos(
         w = w - previous * beta.to(w.dtype)
         alpha = dots(q, w)
         w = w - q * alpha.to(w.dtype)
-        if basis is not None:
+        if basis is not None and forecast is None:
             w = orthogonal_to(basis[:, : step + 1], w)
         scale = torch.maximum(scale, alpha.abs() + beta)
+        if basis is not None and forecast is not None:
+            latest = torch.stack([alpha, unit(w, 10.0 * eps * scale)[1]])
+            require_finite(latest, operator)
+            if forecast.must_reorthogonalise(*latest.cpu().numpy()):
+                w = orthogonal_to(basis[:, : step + 1], w)
         previous = q
         q, beta = unit(w, 10.0 * eps * scale)
         alphas.append(alpha)

@@ -14,7 +14,7 @@ from torch_rmt.spectra.exact import exact
 from torch_rmt.spectra.extremes import top_eigenvalues
 from torch_rmt.spectra.golub_kahan import golub_kahan, squared_gauss_rule
 from torch_rmt.spectra.gram import Complement, Gram
-from torch_rmt.spectra.lanczos import gauss_rule, lanczos
+from torch_rmt.spectra.lanczos import Reorthogonalise, gauss_rule, lanczos
 from torch_rmt.spectra.probes import require_size, sphere
 from torch_rmt.spectra.spectrum import Spectrum
 
@@ -46,8 +46,10 @@ class SLQ:
         deflate: so many eigenvalues, largest in magnitude, are found first by `top_eigenvalues`, enter the
             spectrum with their exact weight, and the probes are drawn from the complement. Pays where few
             outliers carry most of the second moment and the budget is some hundreds of products.
-        reorthogonalise: True keeps and reorthogonalises the whole basis (memory probes * depth * dim);
-            False never does; None does where the basis is so small that it costs nothing.
+        reorthogonalise: "full" or "selective" keep the whole basis (memory probes * depth * dim), "none" does
+            not; None means "full" where the basis is so small that it costs nothing, else "none".
+            The density hardly gains (Ritz values without ghosts do); for A that is not symmetric "selective"
+            is taken as "full".
 
     >>> from torch_rmt.spectra import DenseOperator
     >>> identity = DenseOperator(torch.eye(50, dtype=torch.float64), symmetric=True)
@@ -59,7 +61,7 @@ class SLQ:
     probes: int = 8
     depth: int = 64
     deflate: int = 0
-    reorthogonalise: bool | None = None
+    reorthogonalise: Reorthogonalise | None = None
 
     def __post_init__(self) -> None:
         if self.probes < 1 or self.depth < 1:
@@ -91,16 +93,16 @@ reorthogonalise=None))
         known, spent, vectors = _outliers(smaller, self.deflate, generator)
         dim = smaller.shape[1]
         steps = min(self.depth, dim - len(known))
-        full = self.reorthogonalise
-        if full is None:
-            full = dim * steps * operator.dtype.itemsize <= _CHEAP_BASIS_BYTES
-        block = _VECTOR_BYTES // ((steps + 3 if full else 4) * dim * operator.dtype.itemsize)
+        how = self.reorthogonalise
+        if how is None:
+            how = "full" if dim * steps * operator.dtype.itemsize <= _CHEAP_BASIS_BYTES else "none"
+        block = _VECTOR_BYTES // ((4 if how == "none" else steps + 3) * dim * operator.dtype.itemsize)
         block = max(1, min(self.probes, block))
         rules = []
         for first in range(0, self.probes, block):
             count = min(block, self.probes - first)
             start = sphere(dim, count, generator, device=operator.device, dtype=operator.dtype)
-            rules.append(_rule(smaller, start, steps, vectors, full))
+            rules.append(_rule(smaller, start, steps, vectors, how))
         nodes = np.concatenate([rule[0] for rule in rules])
         weights = np.concatenate([rule[1] for rule in rules])
         zeros = columns - dim
@@ -109,13 +111,15 @@ reorthogonalise=None))
         certain = np.concatenate([known, np.zeros(1 if zeros else 0)])
         masses = np.concatenate([np.ones(len(known)), np.full(1 if zeros else 0, float(zeros))]) / columns
         weights = np.concatenate([weights * (1.0 - masses.sum()), np.tile(masses, (self.probes, 1))], axis=1)
-        tags = [f"{len(known)} eigenvalues deflated"] * bool(len(known)) + ["reorthogonalised"] * full
+        method = f"slq, {self.probes} probes x {steps} steps, {how} reorthogonalisation"
+        if len(known):
+            method += f", {len(known)} eigenvalues deflated"
         return Spectrum(
             nodes=np.concatenate([nodes, np.tile(certain, (self.probes, 1))], axis=1),
             weights=weights,
             dim=columns,
             matvecs=spent + self.probes * steps * (1 if operator.symmetric else 2),
-            method=", ".join([f"slq, {self.probes} probes x {steps} steps", *tags]),
+            method=method,
             seed=seed,
             symmetric=operator.symmetric,
             known=len(certain),
@@ -171,15 +175,17 @@ def _rule(
     start: Float[Tensor, "dim probes"],
     steps: int,
     vectors: Float[Tensor, "dim known"] | None,
-    full: bool,
+    how: Reorthogonalise,
 ) -> tuple[Float[np.ndarray, "probes nodes"], Float[np.ndarray, "probes nodes"]]:
     """Quadrature of one block of probes, on the complement of `vectors` where there are any."""
     spanned = steps >= operator.shape[1] - (0 if vectors is None else vectors.shape[1])
     tail = 0 if spanned else max(2 * steps, _SHORTEST_TAIL)
     if vectors is None and not operator.symmetric:
-        return squared_gauss_rule(golub_kahan(operator, start, steps, reorthogonalise=full), tail=tail)
+        return squared_gauss_rule(
+            golub_kahan(operator, start, steps, reorthogonalise=how != "none"), tail=tail
+        )
     target = operator if operator.symmetric else Gram(operator)
     if vectors is not None:
         target = Complement(target, vectors)
         start = target.project(start)
-    return gauss_rule(lanczos(target, start, steps, reorthogonalise=full), tail=tail)
+    return gauss_rule(lanczos(target, start, steps, reorthogonalise=how), tail=tail)
