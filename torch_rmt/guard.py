@@ -17,7 +17,7 @@ _CONTAINERS = (dict, list, set)
 
 def _accelerator_states() -> list[tuple[int, Tensor]]:
     """RNG state of every CUDA device; a driver that sleeps is not woken."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
         return []
     return [(i, torch.cuda.get_rng_state(i)) for i in range(torch.cuda.device_count())]
 
@@ -70,11 +70,12 @@ class _Values:
 def undisturbed(*modules: nn.Module) -> Iterator[None]:
     """Measure inside; leave no trace outside.
 
-    Restored on leaving, also after an exception: train/eval mode, hooks, buffers and plain attributes of every
-    submodule, `requires_grad` and `.grad` of every parameter, the random state of torch (CPU and every CUDA
-    device), numpy and Python, grad mode and the cuDNN flags. Inside: gradients are enabled, inference mode and
-    autocast are off, compiled modules run eagerly (`force_eager`), and attention runs on the MATH kernel, the
-    one that can be differentiated twice. Parameters are not copied: do not write into them.
+    Restored on leaving, also after an exception: train/eval mode, hooks, buffers and plain attributes of
+    every submodule, `requires_grad` and `.grad` of every parameter, the random state of torch (CPU and
+    every CUDA device), numpy and Python, grad mode and the cuDNN flags. Inside: gradients are enabled,
+    inference mode and autocast are off, compiled modules run eagerly (`force_eager`), and attention runs
+    on the MATH kernel, the one that can be differentiated twice. Parameters are not copied: do not write
+    into them.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """The laws that every operator obeys on every module kind of the table.
 
-The references use nothing of torch_rmt: central differences in float64 of plain `backward()` gradients and of plain
-outputs, so they are right for what torch.func refuses too.
+The references use nothing of torch_rmt: central differences in float64 of plain `backward()` gradients and of
+plain outputs, so they are right for what torch.func refuses too.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cases import MODULE_KINDS
 from torch import Tensor, nn
 
+from tests.operators.module_kinds import MODULE_KINDS
 from torch_rmt.operators import Fisher, GaussNewton, Hessian, dense
 from torch_rmt.operators.pure import MASK_SEED
 
@@ -28,7 +28,8 @@ COUPLED = {
     "transformer_encoder",
 }
 COUPLED |= {"numpy_in_forward", "data_dependent_loop"}  # samples do not stand alone
-# Their forward pass detaches something that depends on the parameters, which autograd holds constant by design and
+# Their forward pass detaches something that depends on the parameters, which autograd holds constant by
+# design and
 # differences do not.
 DETACHED = {"spectral_normed_train", "moving_average_buffer"}
 UNSUPPORTED_BY_TORCH_FUNC = {"checkpointed", "old_style_function", "numpy_in_forward"} | ROUGH
@@ -114,7 +115,8 @@ def test_hessian_is_the_dense_one_of_torch_func(kind: str) -> None:
         tensors = {**fixed, **buffers, **dict(zip(names, pieces, strict=True))}
         return loss(torch.func.functional_call(model, tensors, args), targets)
 
-    # Not jacrev(jacrev): the vjp of a vmapped vjp through LayerNorm and BatchNorm is 10 to 20 % wrong in torch 2.13.
+    # Not jacrev(jacrev): the vjp of a vmapped vjp through LayerNorm and BatchNorm is 10 to 20 % wrong in
+    # torch 2.13.
     theta = torch.cat([p.detach().flatten() for p in _trained(model)])
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         reference = torch.func.jacrev(torch.func.grad(scalar))(theta)

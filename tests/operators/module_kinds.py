@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -65,11 +66,15 @@ def mlp_bce() -> Case:
 
 
 def mlp_huber() -> Case:
-    return _case(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), _x(5, 3), 3 * _x(5, 2), F.huber_loss)
+    return _case(
+        nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), _x(5, 3), 3 * _x(5, 2), F.huber_loss
+    )
 
 
 def prelu_bilinear() -> Case:
-    net = Calls(lambda m, x: m.out(m.act(m.bi(x, x))), bi=nn.Bilinear(3, 3, 4), act=nn.PReLU(), out=nn.Linear(4, 2))
+    net = Calls(
+        lambda m, x: m.out(m.act(m.bi(x, x))), bi=nn.Bilinear(3, 3, 4), act=nn.PReLU(), out=nn.Linear(4, 2)
+    )
     return _case(net, _x(5, 3), _x(5, 2), F.mse_loss)
 
 
@@ -80,13 +85,19 @@ def cnn_maxpool() -> Case:
 
 def cnn_depthwise_strided() -> Case:
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(18, 2)
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2),
+        nn.Tanh(),
+        nn.Conv2d(4, 2, 1),
+        nn.Flatten(),
+        nn.Linear(18, 2),
     )
     return _case(net, _x(3, 2, 5, 5), _x(3, 2), F.mse_loss)
 
 
 def conv_transpose_upsample() -> Case:
-    net = nn.Sequential(nn.ConvTranspose2d(1, 2, 2, stride=2), nn.Tanh(), nn.Upsample(scale_factor=2), nn.Conv2d(2, 1, 3))
+    net = nn.Sequential(
+        nn.ConvTranspose2d(1, 2, 2, stride=2), nn.Tanh(), nn.Upsample(scale_factor=2), nn.Conv2d(2, 1, 3)
+    )
     return _case(net, _x(2, 1, 3, 3), _x(2, 1, 10, 10), F.mse_loss)
 
 
@@ -111,7 +122,9 @@ def groupnorm() -> Case:
 
 
 def instancenorm() -> Case:
-    net = nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3, affine=True), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))
+    net = nn.Sequential(
+        nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3, affine=True), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)
+    )
     return _case(net, _x(4, 2, 5), _x(4, 2), F.mse_loss)
 
 
@@ -175,12 +188,16 @@ def tied_gpt_ignored_tokens() -> Case:
 
 
 def lstm() -> Case:
-    net = Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(2, 3, batch_first=True), head=nn.Linear(3, 2))
+    net = Calls(
+        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(2, 3, batch_first=True), head=nn.Linear(3, 2)
+    )
     return _case(net, _x(3, 4, 2), _classes(2, 3), F.cross_entropy)
 
 
 def gru() -> Case:
-    net = Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.GRU(2, 3, batch_first=True), head=nn.Linear(3, 2))
+    net = Calls(
+        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.GRU(2, 3, batch_first=True), head=nn.Linear(3, 2)
+    )
     return _case(net, _x(3, 4, 2), _x(3, 2), F.mse_loss)
 
 
@@ -190,8 +207,8 @@ def weight_normed() -> Case:
 
 
 def weight_normed_by_hook() -> Case:
-    with __import__("warnings").catch_warnings():
-        __import__("warnings").simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         first = nn.utils.weight_norm(nn.Linear(3, 4))
     return _case(nn.Sequential(first, nn.Tanh(), nn.Linear(4, 2)), _x(5, 3), _x(5, 2), F.mse_loss)
 
@@ -209,7 +226,9 @@ def frozen_first_layer() -> Case:
 
 def checkpointed() -> Case:
     body = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
-    net = Calls(lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)), body=body, head=nn.Linear(5, 3))
+    net = Calls(
+        lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)), body=body, head=nn.Linear(5, 3)
+    )
     return _case(net, _x(6, 4), _classes(3, 6), F.cross_entropy)
 
 
@@ -270,7 +289,9 @@ def embedding_bag() -> Case:
 
 def shared_layer() -> Case:
     net = Calls(
-        lambda m, x: m.head(torch.tanh(m.body(torch.tanh(m.body(x))))), body=nn.Linear(4, 4), head=nn.Linear(4, 2)
+        lambda m, x: m.head(torch.tanh(m.body(torch.tanh(m.body(x))))),
+        body=nn.Linear(4, 4),
+        head=nn.Linear(4, 2),
     )
     return _case(net, _x(5, 4), _x(5, 2), F.mse_loss)
 
@@ -310,7 +331,9 @@ def numpy_in_forward() -> Case:
 
 
 def fourier_mixing() -> Case:
-    net = Calls(lambda m, x: m.b(torch.tanh(torch.fft.fft(m.a(x)).real)), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    net = Calls(
+        lambda m, x: m.b(torch.tanh(torch.fft.fft(m.a(x)).real)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)
+    )
     return _case(net, _x(5, 3), _x(5, 2), F.mse_loss)
 
 

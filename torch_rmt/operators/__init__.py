@@ -2,12 +2,24 @@
 
 from torch_rmt.operators.arithmetic import Combination, Dense, Scaled, Transposed, dense
 from torch_rmt.operators.base import LinearOperator
+from torch_rmt.operators.blocks import layer_blocks
+from torch_rmt.operators.closure import ClosureHessian, adam_scale
 from torch_rmt.operators.curvature import Curvature, Fisher, GaussNewton, GradientCovariance, Hessian
+from torch_rmt.operators.dual import Gram, dual_gram
 from torch_rmt.operators.jacobian import Jacobian
 from torch_rmt.operators.kernel import NeuralTangentKernel, conjugate_kernel
 from torch_rmt.operators.ladder import EngineError
+from torch_rmt.operators.sweep import (
+    LayerNorms,
+    activation_slopes,
+    input_to_layers,
+    layers_to_output,
+    partial_jacobian_norms,
+    single_layers,
+)
 
 __all__ = [
+    "ClosureHessian",
     "Combination",
     "Curvature",
     "Dense",
@@ -15,12 +27,22 @@ __all__ = [
     "Fisher",
     "GaussNewton",
     "GradientCovariance",
+    "Gram",
     "Hessian",
     "Jacobian",
+    "LayerNorms",
     "LinearOperator",
     "NeuralTangentKernel",
     "Scaled",
     "Transposed",
+    "activation_slopes",
+    "adam_scale",
     "conjugate_kernel",
     "dense",
+    "dual_gram",
+    "input_to_layers",
+    "layer_blocks",
+    "layers_to_output",
+    "partial_jacobian_norms",
+    "single_layers",
 ]

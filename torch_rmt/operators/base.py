@@ -12,7 +12,8 @@ from torch import Tensor
 class LinearOperator(ABC):
     """A real matrix of shape `(rows, columns)`, known by its products.
 
-    `symmetric` is declared by the class, never guessed from numbers. The adjoint of a symmetric operator is itself.
+    `symmetric` is declared by the class, never guessed from numbers. The adjoint of a symmetric operator is
+    itself.
     """
 
     symmetric: bool = False

@@ -22,10 +22,11 @@ Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of row
 
 
 class Curvature(LinearOperator):
-    """A symmetric matrix over the parameters, an average over batches; the base of Hessian, Gauss-Newton, Fisher.
+    """A symmetric matrix over the parameters, an average over batches; base of Hessian and Gauss-Newton.
 
-    The parameters, modes and data are those at construction. Graphs are built at the first product and kept while
-    they fit; `engine` says how products are made and what proved it, `notes` what was replaced or given up.
+    The parameters, modes and data are those at construction. Graphs are built at the first product and kept
+    while they fit; `engine` says how products are made and what proved it, `notes` what was replaced or given
+    up.
     """
 
     symmetric = True
@@ -55,6 +56,7 @@ class Curvature(LinearOperator):
         if not self.keep:
             self.notes += ("the graphs of all batches do not fit: recomputed in every product",)
         self.output_form = ""
+        self._jacobian: Products | None = None
         self._kept: dict[int, Product] = {}
         self._choice: Choice | None = None
 
@@ -144,9 +146,9 @@ class Curvature(LinearOperator):
 class Hessian(Curvature):
     """Hessian of a loss by the parameters, `H = d^2 L / d theta^2`, in `named_parameters()` order.
 
-    `loss(output, target)` returns a scalar mean. `batch` is `(inputs, targets)`, a list of such pairs, or a loader
-    (each batch weighs as many terms as it has). `params` are names or globs; None takes all that require a
-    gradient. The matrix is symmetric, `(P, P)`, in units of loss per squared parameter.
+    `loss(output, target)` returns a scalar mean. `batch` is `(inputs, targets)`, a list of such pairs, or a
+    loader (each batch weighs as many terms as it has). `params` are names or globs; None takes all that
+    require a gradient. The matrix is symmetric, `(P, P)`, in units of loss per squared parameter.
 
     Raises:
         ValueError: a non-finite loss, an empty batch, a name that matches nothing (with the nearest names).
@@ -173,8 +175,8 @@ class Hessian(Curvature):
 class GaussNewton(Curvature):
     """Generalised Gauss-Newton matrix `G = J^T H_out J`, positive semi-definite for a convex loss.
 
-    J is the Jacobian of the output by the parameters, `H_out` the Hessian of the loss by the output, in closed form
-    for cross-entropy and elementwise losses. Arguments and errors as for `Hessian`.
+    J is the Jacobian of the output by the parameters, `H_out` the Hessian of the loss by the output, in
+    closed form for cross-entropy and elementwise losses. Arguments and errors as for `Hessian`.
 
     Source: Schraudolph 2002; Martens 2020, section 8.
 
@@ -187,8 +189,14 @@ class GaussNewton(Curvature):
                 [3., 2.]])
     """
 
+    def first_order_products(self) -> Products:
+        """Products with the Jacobian of the first batch's output by the parameters, from the kept graph."""
+        if self._jacobian is None or not self.keep:
+            self._jacobian = self._first_order(self.batches[0])
+        return self._jacobian
+
     def _prepare(self, batch: Batch, index: int) -> Product:
-        products = self._first_order(batch)
+        products = self.first_order_products() if index == 0 else self._first_order(batch)
         middle = self._middle(products.value, batch, index)
 
         def product(rows: Tensor) -> Tensor:
@@ -210,7 +218,8 @@ class Fisher(GaussNewton):
     * `kind="exact"`: `E_y [g g^T]` over the model's own predictions; equals Gauss-Newton for categorical,
       Gaussian and Bernoulli likelihoods, and is refused for losses that are none of these.
     * `kind="sampled"`: the expectation over `draws` drawn labels per term, fixed by `seed`.
-    * `kind="empirical"`: `1/N sum_n g_n g_n^T`, `g_n` the gradient of sample n's loss with the true target (for
+    * `kind="empirical"`: `1/N sum_n g_n g_n^T`, `g_n` the gradient of sample n's loss with the true target
+    (for
       models that treat samples apart; batch normalisation in train mode does not).
 
     Other arguments and errors as for `Hessian`.
@@ -258,7 +267,7 @@ class Fisher(GaussNewton):
         if draw is None:
             raise TypeError(
                 "this loss is not recognised as the negative log-likelihood of a categorical, Gaussian or "
-                "Bernoulli output (cross-entropy on logits, mean square error, binary cross-entropy on logits); "
+                "Bernoulli output (cross-entropy, mean square error, binary cross-entropy with logits); "
                 "use GaussNewton, or Fisher(..., kind='empirical')"
             )
         return draw
@@ -283,15 +292,16 @@ class Fisher(GaussNewton):
             with self.pure.guarded():
                 (r,) = torch.autograd.grad(checked_loss(self.loss(leaf, batch.targets)), leaf)
             scale = (self.samples * batch.terms / self.terms) ** 0.5
-            return scale * r.reshape(1, batch.samples, -1)
+            scaled: Tensor = scale * r.reshape(1, batch.samples, -1)
+            return scaled
         draw = self._known_likelihood(output, batch)
         generator = torch.Generator(device=self.device).manual_seed(self.seed * 1_000_003 + index)
-        drawn = torch.stack([draw(generator) for _ in range(self.draws)])
-        return drawn.reshape(self.draws, batch.samples, -1) / self.draws**0.5
+        drawn: Tensor = torch.stack([draw(generator) for _ in range(self.draws)]) / self.draws**0.5
+        return drawn.reshape(self.draws, batch.samples, -1)
 
 
 class GradientCovariance(Fisher):
-    """Covariance of per-sample gradients, `1/N sum_n (g_n - g)(g_n - g)^T`: the noise of SGD with batch size one.
+    """Covariance of per-sample gradients, `1/N sum_n (g_n - g)(g_n - g)^T`: the noise of SGD.
 
     Arguments and errors as for `Hessian`.
 

@@ -27,7 +27,8 @@ class Differentiable:
         call: `call(*point) -> Tensor`.
         point: where derivatives are taken.
         guard: context in which `call` may run without disturbing training.
-        within: `within(point, thunk)` runs the thunk with the module's parameters held at `point`; checkpointed
+        within: `within(point, thunk)` runs the thunk with the module's parameters held at `point`;
+        checkpointed
             modules run their forward pass again inside the backward pass and must find the same parameters.
     """
 
@@ -164,13 +165,13 @@ def differences_first(f: Differentiable, block: Block) -> Products:
 
 
 def gradient(f: Differentiable, point: Tensors, seed: Tensor | None = None) -> tuple[Tensor, Tensors]:
-    """Value and gradient by one plain `backward()`; the weakest demand on a model (reentrant checkpointing)."""
+    """Value and gradient by one plain `backward()`; the least that a model must bear."""
     leaves = tuple(p.detach().clone().requires_grad_() for p in point)
 
     def run() -> Tensor:
         value = f.call(*leaves)
         if value.requires_grad:
-            value.backward(seed)
+            torch.autograd.backward(value, seed)
         return value.detach()
 
     with f.guard():
@@ -234,8 +235,8 @@ def _consistent(fine: Tensors, coarse: Tensors) -> Tensors:
     tolerance = 0.02 if fine[0].dtype == torch.float32 else 1e-3
     if gap > tolerance * size and size > 0:
         raise FloatingPointError(
-            f"central differences with two steps differ by {float(gap / size):.1%}: the model is not smooth here "
-            "(ReLU, max-pooling); use float64, a smooth activation, or a module that can be differentiated twice"
+            f"central differences with two steps differ by {float(gap / size):.1%}: the model is not "
+            "smooth here (ReLU, max-pooling); use float64, or operations with a second derivative"
         )
     return fine
 
@@ -243,7 +244,8 @@ def _consistent(fine: Tensors, coarse: Tensors) -> Tensors:
 def _quiet(product: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
     """Products from a kept graph: the module does not run again, so a light guard is enough.
 
-    Without gradients enabled `torch.func` builds no graph of the product itself, which is a third of its time.
+    Without gradients enabled `torch.func` builds no graph of the product itself, which is a third of its
+    time.
     """
 
     def run(v: Tensors) -> Tensors:

@@ -28,12 +28,13 @@ class Jacobian(LinearOperator):
     """Jacobian `J = d target / d source` for one sample, `(target size, source size)`.
 
     `source` and `target` are module names and mean the OUTPUTS of those modules; None is the network's input
-    and output. A module that is called several times is written `"act#2"`. Where a module returns a tuple its first tensor
-    counts. A batch larger than one is refused, unless `sample=i` asks for sample i's block with the rest of the
-    batch held fixed (which is what batch normalisation in train mode needs).
+    and output. A module that is called several times is written `"act#2"`. Where a module returns a tuple its
+    first tensor counts. A batch larger than one is refused, unless `sample=i` asks for sample i's block with
+    the rest of the batch held fixed (which is what batch normalisation in train mode needs).
 
     Raises:
-        ValueError: an unknown or unused module (with the nearest names), a target that does not come after the source,
+        ValueError: an unknown or unused module (with the nearest names), a target that does not come after
+        the source,
             an empty input, more than one sample.
         TypeError: an integer source (name the embedding instead), an output that is no tensor.
         EngineError: at the first product, when no engine can be trusted on this model.
@@ -67,15 +68,15 @@ class Jacobian(LinearOperator):
         size = first.shape[0] if first.ndim > 1 else 1
         if sample is None and size != 1:
             raise ValueError(
-                f"a Jacobian is of one sample and the batch has {size}; pass inputs[:1], or sample=0 to keep the "
-                "rest of the batch fixed around it"
+                f"a Jacobian is of one sample and the batch has {size}; pass inputs[:1], or sample=0 to keep "
+                "the rest of the batch fixed around it"
             )
         if sample is not None and not 0 <= sample < size:
             raise ValueError(f"sample={sample} is not in the batch of {size}")
         if self._source is None and not first.is_floating_point():
             raise TypeError(
-                f"the input is {first.dtype}, which has no derivative; name the module whose output is the source, "
-                "for example source='embedding'"
+                f"the input is {first.dtype}, which has no derivative; name the module whose output is the "
+                "source, for example source='embedding'"
             )
         self.sample = sample
         with self.pure.guarded(), torch.no_grad():

@@ -21,7 +21,8 @@ from torch_rmt.operators.pure import PureModel
 class NeuralTangentKernel(LinearOperator):
     """Empirical neural tangent kernel `Theta = J J^T` of a batch, `(samples x outputs)` squared.
 
-    J is the Jacobian of all outputs by the parameters, rows in the order of `output.flatten()`. No normalisation.
+    J is the Jacobian of all outputs by the parameters, rows in the order of `output.flatten()`. No
+    normalisation.
 
     Raises:
         ValueError: an empty batch, a parameter name that matches nothing (with the nearest names).

@@ -1,9 +1,10 @@
 """Which rung to stand on: engines are tried in order, and none is trusted before another agrees with it.
 
-Silently wrong derivatives exist. In torch 2.13 reverse over forward through LayerNorm is off by a quarter with no
-error, and both reverse-over-reverse engines agree on a wrong, asymmetric Hessian through the fused weight_norm. So an
-engine must satisfy the adjoint identity `<u, A v> = <A^T u, v>` on random vectors and agree on one vector with
-another engine. What was proved for a module is remembered, so that measuring it at the next step does not pay again.
+Silently wrong derivatives exist. In torch 2.13 reverse over forward through LayerNorm is off by a quarter
+with no error, and both reverse-over-reverse engines agree on a wrong, asymmetric Hessian through the fused
+weight_norm. So an engine must satisfy the adjoint identity `<u, A v> = <A^T u, v>` on random vectors and
+agree on one vector with another engine. What was proved for a module is remembered, so that measuring it at
+the next step does not pay again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch_rmt.operators.engines import Block, Differentiable, Products, Tensors, batched, stacked
 
 Engine = tuple[str, Callable[[Differentiable, Block], Products]]
-# Engines that run plain autograd: a checkpointed forward pass that runs again must see plain tensors, so no vmap.
+# Engines that run plain autograd: a checkpointed forward pass that runs again must see plain tensors, so no
+# vmap.
 _LOOPED = ("double backward", "central differences")
 _BLOCKS: dict[str, Block] = {"vmap": batched, "loop": stacked}
 
@@ -90,9 +92,9 @@ def climb(
     raise EngineError(
         f"{type(module).__name__} cannot be differentiated reliably: "
         + "; ".join(refusals)
-        + ". Remedies: use ops that "
-        "can be differentiated twice (attention on the MATH kernel, no EmbeddingBag, use_reentrant=False), or measure "
-        "the part of the network that can (params=..., source=..., target=...)"
+        + ". Remedies: use "
+        "operations with a second derivative (no EmbeddingBag, checkpointing with use_reentrant=False), or "
+        "measure the part of the network that can (params=..., source=..., target=...)"
     )
 
 

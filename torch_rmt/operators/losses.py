@@ -1,8 +1,8 @@
 """The curvature of a loss by the network's output: recognised by what it does, not by its name.
 
-A loss may be a module, a function or a lambda. Its Hessian by the output is compared with two closed forms on two
-random vectors; a form is used where it fits, and automatic differentiation where none does. So label smoothing,
-class weights, ignored tokens and either reduction are covered by the same two lines.
+A loss may be a module, a function or a lambda. Its Hessian by the output is compared with two closed forms on
+two random vectors; a form is used where it fits, and automatic differentiation where none does. So label
+smoothing, class weights, ignored tokens and either reduction are covered by the same two lines.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class OutputCurvature:
         product: `U -> H U` on a block `(k, *output)`.
         draw: `generator -> z` with `E z z^T = H`, where the loss is a negative log-likelihood that we know
             (categorical, Gaussian, Bernoulli); None otherwise.
+        root: `U -> Z U` with `Z Z^T = H`, on a block; None where no closed form is known.
     """
 
     form: Literal["softmax", "elementwise", "general"]
     product: Callable[[Tensor], Tensor]
     draw: Callable[[torch.Generator], Tensor] | None
+    root: Callable[[Tensor], Tensor] | None
 
 
 def checked_loss(value: Any) -> Tensor:
@@ -46,7 +48,7 @@ def checked_loss(value: Any) -> Tensor:
         raise TypeError(f"the loss must return one scalar tensor, not {shape}; use reduction='mean'")
     if not torch.isfinite(value.detach()).all():
         raise ValueError(
-            f"the loss is {float(value.detach())} on this batch; look for inf or nan in the inputs and weights, "
+            f"the loss is {float(value.detach())} on this batch; look for inf or nan in inputs and weights, "
             "or measure before the divergence"
         )
     return value.reshape(())
@@ -83,7 +85,10 @@ def output_curvature(loss: Loss, output: Tensor, targets: Any) -> OutputCurvatur
 
     d = image[0] / probe[0]
     if fits(lambda u: d * u):
-        return OutputCurvature("elementwise", lambda u: d * u, _elementwise_draw(loss, output, targets, d))
+        draw = _elementwise_draw(loss, output, targets, d)
+        square_root = None if bool((d < 0).any()) else d.sqrt()
+        root = None if square_root is None else lambda u: square_root * u
+        return OutputCurvature("elementwise", lambda u: d * u, draw, root)
     for dim in sorted({1, output.ndim - 1}) if output.ndim > 1 else (0,):
         p = output.softmax(dim)
 
@@ -99,9 +104,15 @@ def output_curvature(loss: Loss, output: Tensor, targets: Any) -> OutputCurvatur
             return s * base(u)
 
         if fits(form):
-            draw = None if bool((s < 0).any()) else _categorical_draw(p, s, dim)
-            return OutputCurvature("softmax", form, draw)
-    return OutputCurvature("general", reference, None)
+            if bool((s < 0).any()):
+                return OutputCurvature("softmax", form, None, None)
+
+            def half(u: Tensor, p: Tensor = p, s: Tensor = s, dim: int = dim) -> Tensor:
+                ru = p.sqrt() * u
+                return s.sqrt() * (ru - p * ru.sum(dim + 1, keepdim=True))
+
+            return OutputCurvature("softmax", form, _categorical_draw(p, s, dim), half)
+    return OutputCurvature("general", reference, None, None)
 
 
 def _categorical_draw(p: Tensor, s: Tensor, dim: int) -> Callable[[torch.Generator], Tensor]:

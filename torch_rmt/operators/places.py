@@ -1,4 +1,4 @@
-"""Named places in a network: read what a module returned, put something else there, stop when enough is known."""
+"""Named places in a network: read what a module returned, put something else there, stop early."""
 
 from __future__ import annotations
 
@@ -71,9 +71,14 @@ def tensor_at(place: Place, output: Any) -> Tensor:
     return t
 
 
+def shifted_by(place: Place, shift: Tensor, output: Any) -> Any:
+    """Add a shift to a module's output: the derivative by the shift is the derivative by the output."""
+    return replace_first(output, tensor_at(place, output) + shift)
+
+
 @contextmanager
 def hooked(place: Place, action: Callable[[Any], Any]) -> Iterator[list[int]]:
-    """Call `action(output)` at this place, whose result (if any) replaces the output; yields the count of calls."""
+    """Call `action(output)` at this place, whose result (if any) replaces it; yields the count of calls."""
     calls = [0]
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:

@@ -93,10 +93,10 @@ def first_tensor(tree: Any) -> Tensor | None:
 class PureModel:
     """A module at one moment, as a function `parameters -> output` without side effects.
 
-    Parameters, buffers and modes are those at construction. Inside every call the buffers are clones, so BatchNorm
-    in train mode uses the batch's statistics and moves none, and the random generator starts from one fixed
-    seed, so dropout draws the same mask in every product. Parameters in half precision are measured in float32
-    copies; `notes` says so.
+    Parameters, buffers and modes are those at construction. Inside every call the buffers are clones, so
+    BatchNorm in train mode uses the batch's statistics and moves none, and the random generator starts from
+    one fixed seed, so dropout draws the same mask in every product. Parameters in half precision are measured
+    in float32 copies; `notes` says so.
     """
 
     def __init__(self, model: nn.Module, params: str | Sequence[str] | None = None) -> None:
@@ -163,6 +163,12 @@ class PureModel:
                 m.training = training
             yield
 
+    @contextmanager
+    def light(self) -> Iterator[None]:
+        """For products from a kept graph, in which the module does not run again."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
+
     def raw(self, params: Sequence[Tensor], inputs: Any) -> Any:
         """Call the module; to be used inside `guarded`."""
         torch.default_generator.manual_seed(self.seed)
@@ -194,8 +200,8 @@ class PureModel:
         """TypeError, with the remedy, for a model that returns something else than a tensor."""
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"the output of {type(self.module).__name__} is a {type(output).__name__}, not a tensor; wrap the "
-                "model in a module whose forward returns the tensor that the loss takes (for example "
+                f"the output of {type(self.module).__name__} is a {type(output).__name__}, not a tensor: "
+                "wrap the model in a module whose forward returns the tensor that the loss takes (for example "
                 "`return self.model(x).logits`)"
             )
         return output
@@ -210,8 +216,8 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class _ComposedWeightNorm(TorchFunctionMode):
     """Weight normalisation from plain operations.
 
-    The second derivative of the fused kernel is wrong without an error in torch 2.13: it takes the norm for a constant
-    (the Hessian comes out asymmetric by 70 %).
+    The second derivative of the fused kernel is wrong without an error in torch 2.13: it takes the norm for a
+    constant (the Hessian comes out asymmetric by 70 %).
     """
 
     def __torch_function__(

@@ -1,0 +1,190 @@
+"""Curvature layer by layer: all diagonal blocks from one shared graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torch_rmt.operators.base import LinearOperator
+from torch_rmt.operators.batches import Batch
+from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian
+from torch_rmt.operators.pure import select
+
+
+def layer_blocks(
+    operator: Hessian | GaussNewton, groups: Mapping[str, str | Sequence[str]] | None = None
+) -> dict[str, LinearOperator]:
+    """Diagonal blocks of a Hessian, Gauss-Newton or Fisher operator, one for each group of parameters.
+
+    `groups` maps a label to parameter names or globs; by default a group is a module with parameters of its
+    own. The gradient's graph is built once and every block multiplies through it: a product with a block
+    reaches back no further than its own layer. The first block is checked against the operator; where the
+    shared graph does not agree or cannot be built, each block becomes an operator of its own.
+
+    Raises:
+        ValueError: a group that matches no parameter of the operator.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> H = Hessian(net, torch.nn.functional.mse_loss, (torch.randn(4, 2), torch.randn(4, 1)))
+        >>> {name: block.shape for name, block in layer_blocks(H).items()}
+        {'0': (9, 9), '1': (4, 4)}
+    """
+    indices = _grouped(operator, groups)
+    try:
+        graphs = _SharedGraphs(operator)
+        blocks: dict[str, LinearOperator] = {name: _Block(graphs, index) for name, index in indices.items()}
+        if _agrees(operator, next(iter(blocks.values())), next(iter(indices.values()))):
+            return blocks
+    except (RuntimeError, NotImplementedError):  # what plain autograd refuses, the ladder may still do
+        pass
+    return {name: _Restricted(operator, index) for name, index in indices.items()}
+
+
+def _grouped(operator: Curvature, groups: Mapping[str, str | Sequence[str]] | None) -> dict[str, list[int]]:
+    names = operator.pure.names
+    if groups is None:
+        found: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            found.setdefault(name.rpartition(".")[0] or name, []).append(i)
+        return found
+    result = {}
+    for label, patterns in groups.items():
+        chosen = set(select(operator.pure.module, patterns))
+        result[label] = [i for i, name in enumerate(names) if name in chosen]
+        if not result[label]:
+            raise ValueError(
+                f"group {label!r} matches parameters that this operator does not differentiate by"
+            )
+    return result
+
+
+class _SharedGraphs:
+    """One gradient graph a batch, on leaves that all blocks share."""
+
+    def __init__(self, operator: Hessian | GaussNewton) -> None:
+        self.operator = operator
+        self.pure = operator.pure
+        self.leaves = tuple(p.clone().requires_grad_() for p in self.pure.params)
+        self.weights = [b.terms / operator.terms for b in operator.batches]
+        build = self._output if isinstance(operator, GaussNewton) else self._loss
+        self.graphs = [build(b, i) for i, b in enumerate(operator.batches)]
+
+    def _loss(self, batch: Batch, index: int) -> tuple[Tensor, ...]:
+        def run() -> tuple[Tensor, ...]:
+            loss = self.operator.loss(self.pure(self.leaves, batch.inputs), batch.targets)
+            return torch.autograd.grad(loss, self.leaves, create_graph=True, materialize_grads=True)
+
+        with self.pure.guarded():
+            return tuple(self.pure.within(self.leaves, run))
+
+    def _output(self, batch: Batch, index: int) -> tuple[Tensor, ...]:
+        assert isinstance(self.operator, GaussNewton)
+
+        def run() -> tuple[Tensor, ...]:
+            output = self.pure(self.leaves, batch.inputs)
+            seed = torch.zeros_like(output, requires_grad=True)
+            pulled = torch.autograd.grad(output, self.leaves, seed, create_graph=True, materialize_grads=True)
+            return (output, seed, *pulled)
+
+        with self.pure.guarded():
+            graph = tuple(self.pure.within(self.leaves, run))
+        self.middles = getattr(self, "middles", [])
+        self.middles.append(self.operator._middle(graph[0].detach(), batch, index))
+        return graph
+
+    def product(self, index: list[int], pieces: list[Tensor]) -> list[Tensor]:
+        """Block of one group times one vector, in the shapes of its parameters."""
+        total = [torch.zeros_like(p) for p in pieces]
+        leaves = [self.leaves[i] for i in index]
+        for b, (graph, weight) in enumerate(zip(self.graphs, self.weights, strict=True)):
+            if isinstance(self.operator, GaussNewton):
+                output, seed, *gradients = graph
+                image = _pull([gradients[i] for i in index], [seed], pieces)[0]
+                columns = _pull([output], leaves, [self.middles[b](image.unsqueeze(0))[0]])
+            else:
+                columns = _pull([graph[i] for i in index], leaves, pieces)
+            for t, c in zip(total, columns, strict=True):
+                t += weight * c
+        return total
+
+
+def _pull(outputs: list[Tensor], leaves: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+    pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(t) for t in leaves]
+    heads, weights = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(heads, leaves, weights, retain_graph=True, materialize_grads=True))
+
+
+class _Part(LinearOperator):
+    """A diagonal block: shape from its parameters, the rest from the whole."""
+
+    symmetric = True
+
+    def __init__(self, whole: Curvature, index: list[int]) -> None:
+        self.whole, self.index = whole, index
+        self.sizes = [whole.pure.sizes[i] for i in index]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Parameters of the group, twice."""
+        return (sum(self.sizes), sum(self.sizes))
+
+    @property
+    def device(self) -> torch.device:
+        """As the whole."""
+        return self.whole.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the whole."""
+        return self.whole.dtype
+
+    def adjoint(self) -> LinearOperator:
+        """Return itself: symmetric."""
+        return self
+
+
+class _Block(_Part):
+    def __init__(self, graphs: _SharedGraphs, index: list[int]) -> None:
+        super().__init__(graphs.operator, index)
+        self.graphs = graphs
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
+        """Columns of the block times v."""
+        shapes = [self.whole.pure.params[i].shape for i in self.index]
+        columns = []
+        with self.whole.pure.light():
+            for v in V.detach().T:
+                pieces = [p.reshape(s) for p, s in zip(torch.split(v, self.sizes), shapes, strict=True)]
+                columns.append(torch.cat([t.flatten() for t in self.graphs.product(self.index, pieces)]))
+        return torch.stack(columns, dim=1) if columns else V.clone()
+
+
+class _Restricted(_Part):
+    """Rows and columns of the whole operator: the vector is padded with zeros."""
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
+        """Columns of the block times v."""
+        rows = V.new_zeros(self.whole.shape[0], V.shape[1])
+        places = _positions(self.whole, self.index)
+        rows[places] = V
+        return self.whole.matmat(rows)[places]
+
+
+def _positions(operator: Curvature, index: list[int]) -> Tensor:
+    starts = [sum(operator.pure.sizes[:i]) for i in index]
+    ranges = [torch.arange(s, s + operator.pure.sizes[i]) for s, i in zip(starts, index, strict=True)]
+    return torch.cat(ranges).to(operator.device)
+
+
+def _agrees(operator: Curvature, block: LinearOperator, index: list[int]) -> bool:
+    generator = torch.Generator(device=operator.device).manual_seed(5)
+    v = torch.randn(block.shape[0], 1, generator=generator, dtype=operator.dtype, device=operator.device)
+    expected = _Restricted(operator, index).matmat(v)
+    tolerance = 1e-8 if operator.dtype == torch.float64 else 2e-3
+    return float((block.matmat(v) - expected).norm()) <= tolerance * float(expected.norm())
