@@ -12,7 +12,6 @@ if __name__ != "torch_rmt.callbacks":
 
 from torch_rmt.callbacks.critical import CriticalInit
 from torch_rmt.callbacks.monitor import CurvatureSpectrum, JacobianSpectrum, SpectralMonitor
-
 from torch_rmt.callbacks.schedule import logarithmic_then_regular, regular
 
 __all__ = [

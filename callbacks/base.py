@@ -46,8 +46,9 @@ class SpectralCallback(LightningCallback):
     """Measures on a schedule, within a budget, without disturbing the run, and logs to every logger.
 
     A measurement takes place just before a batch is trained on, so that its point at x belongs to the same
-    weights and the same batch as the loss that `self.log` puts at x; step 0 is the initialisation. One more is
-    made when training ends. All processes measure (a model's forward pass may hold collectives), the first logs.
+    weights and the same batch as the loss that `self.log` puts at x; step 0 is the initialisation. One more
+    is made when training ends. All processes measure (a model's forward pass may hold collectives), the
+    first logs.
 
     A measurement that fails warns once, names the layer and a remedy, and training goes on.
 
@@ -63,7 +64,7 @@ class SpectralCallback(LightningCallback):
         sinks: take the reports as well, besides the trainer's loggers.
 
     Attributes:
-        latest: the newest report of each name.
+        first, latest: the first and the newest report of each name, for use in code.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class SpectralCallback(LightningCallback):
         self.loss = loss
         self.model = model
         self.sinks = tuple(sinks)
+        self.first: dict[str, Report] = {}
         self.latest: dict[str, Report] = {}
         self._costs: dict[str, float] = {}
         self._last_step = -1
@@ -173,12 +175,13 @@ class SpectralCallback(LightningCallback):
                     self._warn_failure(trainer, name, error, model, inputs)
                 else:
                     self.latest |= {report.name: report for report in reports}
+                    self.first = self.latest | self.first
                     if trainer.is_global_zero:
                         self._log(trainer, reports, step)
             self._costs[name] = self.budget.spent - before
 
     def _afford(self, trainer: Any, name: str) -> bool:
-        allowed = self.budget.affords(self._costs.get(name, 0.0))
+        allowed = self.budget.affords(self._costs.get(name, 1e-3))
         if trainer.world_size > 1:
             # Processes that disagree would wait for each other inside the model's collectives.
             allowed = bool(trainer.strategy.broadcast(allowed))

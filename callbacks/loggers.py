@@ -12,8 +12,9 @@ from torch_rmt.sinks import JsonLinesSink, TensorBoardSink
 def log_report(logger: Any, report: Report, step: int) -> None:
     """Log a report's scalars to any logger, and its pictures where the logger has a place for them.
 
-    Scalars go to every logger under the report's name, joined by the logger's own separator. TensorBoard gets a
-    histogram and a figure too, a CSV logger the whole report as a line of `spectra.jsonl` in its folder.
+    Scalars go to every logger under the report's name, joined by the logger's own separator. TensorBoard
+    gets a histogram and a figure too, a CSV logger the whole report as a line of `spectra.jsonl` in its
+    folder.
     """
     separator = logger.group_separator
     scalars = {

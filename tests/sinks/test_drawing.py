@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from tests.sinks.drawn_reports import (
     all_reports,
     exact_spectrum,

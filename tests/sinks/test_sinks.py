@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tests.sinks.drawn_reports import all_reports, product_of_gaussians, semicircle_with_outlier
 from torch_rmt.compare import Report
 from torch_rmt.sinks import JsonLinesSink, Sink, TensorBoardSink, figure, write_html
@@ -101,8 +102,9 @@ def test_figure_shows_bars_law_and_verdict(report: Report, tmp_path: Path) -> No
 
 def test_figure_leaves_pyplot_alone() -> None:
     code = (
-        "import sys; from tests.sinks.drawn_reports import product_of_gaussians; from torch_rmt.sinks import figure;"
-        "figure(product_of_gaussians()); assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys; from tests.sinks.drawn_reports import product_of_gaussians;"
+        "from torch_rmt.sinks import figure; figure(product_of_gaussians());"
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

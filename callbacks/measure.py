@@ -1,0 +1,40 @@
+"""What the callbacks measure: functions from a point of training to reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch_rmt.callbacks.base import Measurement, Point
+from torch_rmt.compare import Report
+from torch_rmt.diagnose import WHAT, diagnose, jacobian_report
+
+CURVATURES = tuple(name for name in WHAT if name != "jacobian")
+
+
+def jacobian_measurement(source: str | None, target: str | None) -> Measurement:
+    """Measure the Jacobian between two modules on the first sample of the batch."""
+
+    def measure(point: Point) -> Sequence[Report]:
+        return (jacobian_report(point.model, point.inputs, source, target),)
+
+    return measure
+
+
+def curvature_measurement(what: Sequence[str]) -> Mapping[str, Measurement]:
+    """Measure matrices in parameter space on the whole batch, one measurement a matrix.
+
+    Raises:
+        ValueError: a name that is none of the matrices.
+    """
+    unknown = [name for name in what if name not in CURVATURES]
+    if unknown or isinstance(what, str):
+        raise ValueError(f"what = {what!r}; it is a sequence of names out of {', '.join(CURVATURES)}.")
+
+    def measurement(name: str) -> Measurement:
+        def measure(point: Point) -> Sequence[Report]:
+            assert point.loss is not None
+            return diagnose(point.model, (point.inputs, point.targets), point.loss, what=(name,)).reports
+
+        return measure
+
+    return {name: measurement(name) for name in what}
