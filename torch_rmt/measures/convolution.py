@@ -12,13 +12,19 @@ from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.cumulants import free_cumulants, moments_from_free_cumulants
-from torch_rmt.measures.edges import Points, build_mesh, find_support, in_bulk
+from torch_rmt.measures.edges import Points, build_mesh, find_support
 from torch_rmt.measures.geometry import Factor, Geometry, LogGeometry
 from torch_rmt.measures.half_plane import fold, unfold
 from torch_rmt.measures.numeric import quantiles
-from torch_rmt.measures.subordination import Subordination, solve
+from torch_rmt.measures.subordination import Subordination, in_bulk, solve
 
 _FLOOR = 1e-120  # of the hull: the smallest point at which a product is asked for
+
+
+def _log_around(z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
+    """Logarithm with the cut on the positive axis, which belongs to its upper side."""
+    angle = np.angle(z)
+    return np.asarray(np.log(np.abs(z)) + 1j * np.where(angle < -1e-9, angle + 2 * np.pi, np.maximum(angle, 0.0)))
 
 
 def _heavy_atoms(factors: tuple[Factor, ...], allowance: float = 1.0) -> Iterator[tuple[tuple[float, ...], float]]:
@@ -260,11 +266,13 @@ class FreeProduct(FreeConvolution):
 
     def _potential(self, z: Complex[np.ndarray, " n"], s: Subordination) -> np.ndarray:
         p = np.exp(s.common)
-        m = 1.0 / (p - 1.0)
-        value = np.log(z) - np.log(p * m)
+        log_rest = _log_around(p - 1.0)
+        value = np.log(z) - (s.common - log_rest)  # log z - log(1 + M)
         for f, w, coordinate in zip(self.factors, s.points, s.coordinates, strict=True):
-            potential = f.law.log_potential(w) - np.log(w)
-            value = value + (f.count / f.dimension) * (potential + np.log1p(f.dimension * m))
+            potential = f.law.log_potential(w) - coordinate
+            potential = potential + 2j * np.pi * (coordinate.imag > np.pi + 1e-9)  # continued through the negative axis
+            own = s.common if f.dimension == 1.0 else _log_around(p - 1.0 + f.dimension)
+            value = value + (f.count / f.dimension) * (potential + own - log_rest)
         return np.asarray(value)
 
     @cached_property

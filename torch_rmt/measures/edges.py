@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Complex, Float
 
 from torch_rmt.measures.geometry import Geometry, LogGeometry
+from torch_rmt.measures.subordination import in_bulk
 
 _SMALL = 1e-6  # mass of an interval below which its inside is not looked at further
 _COARSE = 0.02  # largest mass of an interval of the mesh
@@ -48,12 +49,6 @@ class Convolved(Protocol):
     def hull(self) -> tuple[float, float]: ...
     def evaluate(self, x: np.ndarray, known: Points | None = None) -> Points: ...
     def atoms(self) -> tuple[tuple[float, float], ...]: ...
-
-
-def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarray, " n"]:
-    """Whether points of the axis are inside the continuous part: there the coordinates are not real."""
-    turn = np.abs(np.sin(w.imag)) if isinstance(geometry, LogGeometry) else np.abs(w.imag) / geometry.length(w)
-    return np.asarray(np.max(turn, axis=0) > 1e-10)
 
 
 def _middle(low: np.ndarray, high: np.ndarray, log: bool) -> np.ndarray:
@@ -117,7 +112,7 @@ def find_support(measure: Convolved, mesh: Points) -> tuple[tuple[float, float],
     """Intervals of the continuous part of a free convolution, edges to rounding."""
     bulk = in_bulk(measure.geometry, mesh.coordinates)
     change = np.flatnonzero(bulk[1:] != bulk[:-1])
-    edges = _bisect(measure, mesh, mesh.x[change], mesh.x[change + 1], bulk[change]).tolist()
+    edges = _find_edges(measure, mesh, mesh.x[change], mesh.x[change + 1], bulk[change]).tolist()
     if bulk.any() and bulk[0]:
         edges.insert(0, measure.hull[0])
     if bulk.any() and bulk[-1]:
@@ -125,26 +120,90 @@ def find_support(measure: Convolved, mesh: Points) -> tuple[tuple[float, float],
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _bisect(
+def _find_edges(
     measure: Convolved, mesh: Points, low: np.ndarray, high: np.ndarray, low_in_bulk: np.ndarray
 ) -> Float[np.ndarray, " n"]:
-    """Cut brackets, one end in the bulk and one outside, until they are as narrow as floating point allows."""
-    log = isinstance(measure.geometry, LogGeometry)
-    fraction = np.arange(1, _SECTIONS)[:, None] / _SECTIONS
-    column = np.arange(low.size)
-    while low.size and not np.all(high - low <= 4e-16 * np.maximum(np.abs(low), np.abs(high))):
-        cuts = low + fraction * (high - low)
-        if log:
-            wide = (low * high > 0) & (np.maximum(np.abs(low), np.abs(high)) > 2 * np.minimum(np.abs(low), np.abs(high)))
-            with np.errstate(all="ignore"):
-                cuts = np.where(wide, low * (high / low) ** fraction, cuts)
-        fresh = measure.evaluate(np.unique(cuts), mesh)
-        mesh = mesh.merged(fresh)
-        bulk = in_bulk(measure.geometry, fresh.coordinates)[np.searchsorted(fresh.x, cuts)]
-        same = bulk == low_in_bulk
-        first = np.where(same.all(axis=0), _SECTIONS - 1, np.argmin(same, axis=0))
-        grid = np.concatenate([low[None], cuts, high[None]])
-        if np.array_equal(low, grid[first, column]) and np.array_equal(high, grid[first + 1, column]):
+    """Cut brackets, one end in the bulk and one outside, until the branch point can be solved for; or to rounding."""
+    edge = np.full(low.shape, np.nan)
+    todo = np.arange(low.size)
+    for round_ in range(20):
+        if not todo.size:
             break
-        low, high = grid[first, column], grid[first + 1, column]
-    return np.asarray(0.5 * (low + high))
+        low[todo], high[todo], mesh = _cut(measure, mesh, low[todo], high[todo], low_in_bulk[todo])
+        if round_ >= 2:
+            outside = np.where(low_in_bulk[todo], high[todo], low[todo])
+            inside = np.where(low_in_bulk[todo], low[todo], high[todo])
+            found = branch_points(measure, mesh, outside, outside + (outside - inside))
+            width = np.abs(outside - inside)
+            near = (np.minimum(inside, outside) - width <= found) & (found <= np.maximum(inside, outside) + width)
+            edge[todo[near]] = found[near]
+            todo = todo[~near]
+        narrow = high[todo] - low[todo] <= 4e-16 * np.maximum(np.abs(low[todo]), np.abs(high[todo]))
+        edge[todo[narrow]] = 0.5 * (low + high)[todo[narrow]]
+        todo = todo[~narrow]
+    edge[todo] = 0.5 * (low + high)[todo]
+    return edge
+
+
+def _cut(
+    measure: Convolved, mesh: Points, low: np.ndarray, high: np.ndarray, low_in_bulk: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, Points]:
+    """One round: each bracket cut in pieces, the piece kept where bulk and outside meet."""
+    fraction = np.arange(1, _SECTIONS)[:, None] / _SECTIONS
+    cuts = low + fraction * (high - low)
+    if isinstance(measure.geometry, LogGeometry):
+        wide = (low * high > 0) & (np.maximum(np.abs(low), np.abs(high)) > 2 * np.minimum(np.abs(low), np.abs(high)))
+        with np.errstate(all="ignore"):
+            cuts = np.where(wide, low * (high / low) ** fraction, cuts)
+    fresh = measure.evaluate(np.unique(cuts), mesh)
+    same = in_bulk(measure.geometry, fresh.coordinates)[np.searchsorted(fresh.x, cuts)] == low_in_bulk
+    first = np.where(same.all(axis=0), _SECTIONS - 1, np.argmin(same, axis=0))
+    grid = np.concatenate([low[None], cuts, high[None]])
+    column = np.arange(low.size)
+    return grid[first, column], grid[first + 1, column], mesh.merged(fresh)
+
+
+def branch_points(
+    measure: Convolved, mesh: Points, near: Float[np.ndarray, " n"], far: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """Edges by the secant rule on dz/dF = 0, F = 1/G (or log P) real, from two points outside the support each.
+
+    Along real F the point z is smooth, with a double point at the edge: no root is lost to rounding there. NaN where the
+    points are not outside or the rule does not settle.
+    """
+    geometry = measure.geometry
+    start = measure.evaluate(np.unique(np.concatenate([near, far])), mesh)
+    first, second = np.searchsorted(start.x, far), np.searchsorted(start.x, near)
+    outside = ~in_bulk(geometry, start.coordinates)
+    good = outside[first] & outside[second]
+    w = start.coordinates[:, second]
+    f0 = _common(geometry, start.x[first], start.coordinates[:, first])
+    f1 = _common(geometry, start.x[second], w)
+    with np.errstate(all="ignore"):
+        _, d0, _ = _along(geometry, start.coordinates[:, first], f0)
+        for _ in range(12):
+            w, d1, z = _along(geometry, w, f1)
+            step = -d1 * (f1 - f0) / (d1 - d0)
+            step = np.where(np.isfinite(step), step, 0.0)
+            f0, d0, f1 = f1, d1, f1 + step
+        settled = np.abs(step) <= 1e-6 * (np.abs(f1) + geometry.length(w).max(axis=0))
+        return np.where(good & settled & np.isfinite(z), z, np.nan)
+
+
+def _common(geometry: Geometry, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """F or log P of solutions at points of the axis."""
+    zeta = np.asarray(geometry.coordinate(x.astype(complex)))
+    return np.asarray(zeta + (geometry.counts * geometry.fields(w)[0]).sum(axis=0))
+
+
+def _along(geometry: Geometry, w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Coordinates with the common value f, by Newton from w; there dz/dF and z, all real."""
+    aim = geometry.shares(f)
+    for _ in range(6):
+        h, dh = geometry.fields(w)
+        step = (aim - w - h) / (1.0 + dh)
+        w = w + np.where(np.isfinite(step), step, 0.0).real
+    h, dh = geometry.fields(w)
+    slope = geometry.share_slopes(f)
+    stretch = 1.0 - (geometry.counts * slope * dh / (1.0 + dh)).sum(axis=0)
+    return w, stretch.real, geometry.point(f - (geometry.counts * h).sum(axis=0)).real

@@ -105,11 +105,7 @@ def _product(terms: list[tuple[SpectralMeasure, float]]) -> SpectralMeasure:
         return PointMass(0.0)
     merged = _merge(factors)
     if signed is not None:
-        if not merged:
-            return dilate(signed, scale)
-        single = len(merged) == 1 and merged[0].count == 1.0
-        positive = merged[0] if single else Factor(FreeProduct(merged))
-        merged = (Factor(signed), positive)
+        merged = (Factor(signed), *merged)
     if not merged:
         return PointMass(scale)
     if len(merged) == 1 and merged[0].count == 1.0:

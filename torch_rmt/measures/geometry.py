@@ -105,9 +105,13 @@ class Geometry:
         """The point itself."""
         return w
 
-    def length(self, w: Complex[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def length(self, w: Complex[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
         """Unit in which errors of a coordinate are counted."""
-        return np.asarray(np.maximum(np.abs(w), 1e-3 * self.scale))
+        return np.asarray(np.maximum(np.abs(w), self._grain))
+
+    @cached_property
+    def _grain(self) -> Float[np.ndarray, "k 1"]:
+        return np.array([[1e-3 * (f.law.bounds()[1] - f.law.bounds()[0])] for f in self.factors])
 
     def fields(self, w: Complex[np.ndarray, "k n"]) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
         """h_i(w_i) and its derivative, one row a law."""
@@ -123,6 +127,14 @@ class Geometry:
         if len(self.factors) == 2 and self.total == 2.0:  # no cancellation where one coordinate is huge
             return w - zeta - h[::-1], 1.0
         return w + h - (zeta + (self.counts * h).sum(axis=0)), 1.0
+
+    def shares(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"]:
+        """F_i (or log P_i) of each law, given the common value; equal to it but in rectangular products."""
+        return np.asarray(np.broadcast_to(common, (len(self.factors), common.size)))
+
+    def share_slopes(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"] | float:
+        """Derivative of `shares`."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,7 @@ class LogGeometry(Geometry):
         value = np.exp(w)
         return np.asarray(np.where(w.imag == 0, value.real, value))
 
-    def length(self, w: Complex[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def length(self, w: Complex[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
         """Relative errors: one."""
         return np.ones(w.shape)
 
@@ -181,9 +193,25 @@ class LogGeometry(Geometry):
     ) -> tuple[Complex[np.ndarray, "k n"], Float[np.ndarray, "k n"] | Complex[np.ndarray, "k n"] | float]:
         """As for sums; a factor of another dimension obeys P_i = 1 + (P - 1)/Lambda_i."""
         base, _ = super().residual(zeta, w, h)
-        dims = np.array([[factor.dimension] for factor in self.factors])
-        if np.all(dims == 1.0):
+        if self._square:
             return base, 1.0
-        inverse = np.exp(-(zeta + (self.counts * h).sum(axis=0)))
-        tilt = 1.0 - (1.0 - dims) * inverse
-        return base - np.log(tilt / dims), 1.0 / tilt
+        common = zeta + (self.counts * h).sum(axis=0)
+        return base + common - self.shares(common), self.share_slopes(common)
+
+    @cached_property
+    def _dimensions(self) -> Float[np.ndarray, "k 1"]:
+        return np.array([[factor.dimension] for factor in self.factors])
+
+    @cached_property
+    def _square(self) -> bool:
+        return bool(np.all(self._dimensions == 1.0))
+
+    def shares(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"]:
+        """log P_i, P_i = 1 + (P - 1)/Lambda_i."""
+        if self._square:
+            return super().shares(common)
+        return np.asarray(common + np.log((1.0 - (1.0 - self._dimensions) * np.exp(-common)) / self._dimensions))
+
+    def share_slopes(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"] | float:
+        """d log P_i / d log P = 1 / (1 - (1 - Lambda_i)/P)."""
+        return 1.0 if self._square else np.asarray(1.0 / (1.0 - (1.0 - self._dimensions) * np.exp(-common)))

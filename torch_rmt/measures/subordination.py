@@ -10,7 +10,7 @@ from jaxtyping import Bool, Complex, Float
 from torch_rmt.measures.geometry import Geometry, LogGeometry
 
 _TOLERANCE = 1e-12  # largest residual of a solution that is handed out
-_INTERIOR = 1e-10  # imaginary part (relative) from which a solution counts as interior, hence unique
+_INTERIOR = 1e-11  # imaginary part (relative) from which a solution counts as interior, hence unique
 _COARSE = 16  # every so manieth point is solved by continuation, the others start from their neighbours
 
 
@@ -100,7 +100,10 @@ def _newton(
         active = active[~(size[active] < tolerance)]
         if not active.size:
             break
-    return w, size, size < tolerance
+    quiet = size < tolerance
+    if active.size:  # the steps may be all rounding
+        quiet[active] = _residual(geometry, zeta[active], w[:, active])[0] < 0.1 * _TOLERANCE
+    return w, size, quiet
 
 
 def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -109,10 +112,21 @@ def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.n
     rho, c = geometry.residual(zeta, w, h)
     unit = geometry.length(w)
     share = np.abs(h) + np.abs(dh) * unit
-    own = unit + geometry.length(zeta)
+    own = unit + np.abs(zeta)
     terms = own + share[::-1] if _is_pair(geometry) else own + share + (geometry.counts * share).sum(axis=0)
     with np.errstate(all="ignore"):
         return np.max(np.abs(rho) / terms, axis=0), dh, c
+
+
+def _is_real(geometry: Geometry, w: np.ndarray) -> Bool[np.ndarray, "k n"]:
+    """Whether coordinates stand for real points: for products also in the middle of a strip of width 2 pi."""
+    turn = np.abs(np.sin(w.imag)) if isinstance(geometry, LogGeometry) else np.abs(w.imag) / geometry.length(w)
+    return np.asarray(turn <= _INTERIOR)
+
+
+def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarray, " n"]:
+    """Whether solutions on the axis belong to points inside the continuous part: there the coordinates are not real."""
+    return np.asarray(~np.all(_is_real(geometry, w), axis=0))
 
 
 def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
@@ -124,7 +138,8 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
     if isinstance(geometry, LogGeometry):
         axis = axis | (zeta.imag == np.pi)
     inside = np.all(w.imag >= geometry.floor(zeta) - 1e-9 * unit, axis=0) & ~axis
-    inside |= np.all((w.imag > _INTERIOR * unit) & (w.imag < geometry.ceiling - _INTERIOR), axis=0) & axis
+    # if one coordinate is interior so are all, however near to the axis rounding leaves the others
+    inside |= np.any((w.imag > _INTERIOR * unit) & (w.imag < geometry.ceiling - _INTERIOR) & ~_is_real(geometry, w), axis=0) & axis
     accepted = good & inside
     rest = np.flatnonzero(axis & ~inside)
     if rest.size:
@@ -153,10 +168,31 @@ def _real_solution(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple
         step = np.where(np.isfinite(step) & (np.abs(step) < 0.1 * unit), step, 0.0)
         w = snap(w + step)
     residual, dh, c = _residual(geometry, zeta, w)
-    # a coordinate on the same side of its strip as the point moves with it, on the other side against it
-    sense = np.where(np.abs(w.imag - zeta.imag) < 1.0, 1.0, -1.0) * _tangent(geometry, dh, c)
-    stable = np.all((sense.real > -1e-6) & (np.abs(sense.imag) < 1e-6 * (1.0 + np.abs(sense.real))), axis=0)
-    return w, (residual < _TOLERANCE) & stable
+    return w, (residual < _TOLERANCE) & _stable(geometry, zeta, w, dh, c)
+
+
+def _stable(
+    geometry: Geometry, zeta: np.ndarray, w: np.ndarray, dh: np.ndarray, c: np.ndarray | float
+) -> Bool[np.ndarray, " n"]:
+    """Whether a real solution is the attracting fixed point of the map that defines it.
+
+    With a_i = dw_i/dF = 1/(1 + h_i') the map of two laws has slope h_1' h_2' <= 1 when a_1 + a_2 - 1, which is dw/dF
+    of their sum, has the sign of a_1 a_2; laws are joined one by one. Edges, where it vanishes, are let through.
+    """
+    if np.ndim(c):  # rectangular: a coordinate on the point's side of its strip moves with it, else against it
+        sense = np.where(np.abs(w.imag - zeta.imag) < 1.0, 1.0, -1.0) * _tangent(geometry, dh, c)
+        return np.asarray(np.all(sense.real > -1e-6, axis=0))
+    with np.errstate(all="ignore"):
+        each = 1.0 / (1.0 + dh.real)
+        stable = np.all(np.abs(dh.imag) <= 1e-6 * (1.0 + np.abs(dh.real)), axis=0)
+        joined = np.ones(zeta.shape)
+        for a, n in zip(each, geometry.counts[:, 0], strict=True):
+            power = n * a - (n - 1.0)
+            stable &= (power * np.sign(a) > -1e-6) | ~np.isfinite(a)
+            total = joined + power - 1.0
+            stable &= (total * np.sign(joined) * np.sign(power) > -1e-6) | ~np.isfinite(power)
+            joined = total
+    return np.asarray(stable)
 
 
 def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
