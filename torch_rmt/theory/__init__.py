@@ -6,7 +6,13 @@ from torch_rmt.theory.activation import as_activation as as_activation
 from torch_rmt.theory.activation import leaky_relu as leaky_relu
 from torch_rmt.theory.architecture import Architecture as Architecture
 from torch_rmt.theory.architecture import Layer as Layer
+from torch_rmt.theory.critical import CriticalPoint as CriticalPoint
+from torch_rmt.theory.critical import critical_point as critical_point
 from torch_rmt.theory.gaussian import gaussian_expectation as gaussian_expectation
+from torch_rmt.theory.jacobian import jacobian_spectrum as jacobian_spectrum
+from torch_rmt.theory.jacobian_law import JacobianLaw as JacobianLaw
+from torch_rmt.theory.mean_field import MeanField as MeanField
+from torch_rmt.theory.mean_field import mean_field as mean_field
 from torch_rmt.theory.prediction import Prediction as Prediction
 from torch_rmt.theory.finite_width import gradient_norm_law as gradient_norm_law
 from torch_rmt.theory.fisher import fisher_spectrum as fisher_spectrum

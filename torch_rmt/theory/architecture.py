@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from torch_rmt.measures.base import SpectralMeasure
-from torch_rmt.theory.activation import Activation
+from torch_rmt.theory.activation import Activation, as_activation
+from torch_rmt.theory.mean_field import checked_sigma, mean_field
+from torch_rmt.theory.moments import is_scale_invariant, second_moment
 
 Ensemble = Literal["gaussian", "orthogonal"]
 
@@ -18,9 +22,12 @@ class Layer:
     Fields:
         n_in, n_out: fan-in and fan-out.
         activation: None for a layer without one.
-        sigma_w: W has entry variance sigma_w^2 / n_in (Gaussian), or is sigma_w times a Haar orthogonal matrix.
+        sigma_w: W has entry variance sigma_w^2 / n_in (Gaussian), or is sigma_w times a Haar orthogonal matrix: for
+            n_out <= n_in W W^T = sigma_w^2 I, for n_out > n_in W^T W = sigma_w^2 (n_out / n_in) I, so that the entry
+            variance is sigma_w^2 / n_in in every case.
         sigma_b: standard deviation of the biases.
-        ensemble: "gaussian", "orthogonal", or the measured law of W^T W.
+        ensemble: "gaussian", "orthogonal", or the measured law of W^T W; a law carries its own scale, and sigma_w
+            then only enters where q is left to the fixed point.
         q: mean square of the pre-activation where it is known; None leaves it to the mean-field recursion.
         name: the module's name where the layer was read off a module.
     """
@@ -33,6 +40,16 @@ class Layer:
     ensemble: Ensemble | SpectralMeasure = "gaussian"
     q: float | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.n_in < 1 or self.n_out < 1:
+            raise ValueError(f"a layer needs widths of at least 1, got {self.n_in} -> {self.n_out}.")
+        checked_sigma("sigma_w", self.sigma_w)
+        checked_sigma("sigma_b", self.sigma_b)
+        if isinstance(self.ensemble, str) and self.ensemble not in ("gaussian", "orthogonal"):
+            raise ValueError(f"ensemble is 'gaussian', 'orthogonal' or a measure, not {self.ensemble!r}.")
+        if self.q is not None and not (np.isfinite(self.q) and self.q >= 0):
+            raise ValueError(f"q is a mean square: it must be finite and >= 0, got {self.q}.")
 
 
 @dataclass(frozen=True)
@@ -49,3 +66,104 @@ class Architecture:
     layers: tuple[Layer, ...]
     input_second_moment: float | None = None
     unknown: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("an architecture needs at least one layer.")
+        for before, after in zip(self.layers[:-1], self.layers[1:], strict=True):
+            if before.n_out != after.n_in:
+                raise ValueError(
+                    f"layers do not fit: {before.name or 'one'} gives {before.n_out} values and {after.name or 'the next'} "
+                    f"takes {after.n_in}."
+                )
+        moment = self.input_second_moment
+        if moment is not None and not (np.isfinite(moment) and moment >= 0):
+            raise ValueError(f"the input's second moment must be finite and >= 0, got {moment}.")
+
+    @classmethod
+    def mlp(
+        cls,
+        *,
+        depth: int,
+        width: int,
+        activation: object,
+        sigma_w: float,
+        sigma_b: float = 0.0,
+        ensemble: Ensemble = "gaussian",
+        n_in: int | None = None,
+        n_out: int | None = None,
+        q: float | None = None,
+        input_second_moment: float | None = None,
+    ) -> Architecture:
+        """`depth` layers of one width, each followed by the activation; n_in and n_out change the two ends.
+
+        Args:
+            depth: number of weight matrices.
+            width: of every layer.
+            activation: a name, an `Activation`, a callable, or None for a linear network.
+            sigma_w, sigma_b, ensemble: as in `Layer`.
+            n_in: width of the input; `width` if None.
+            n_out: width of an extra last layer without activation; no such layer if None.
+            q: mean square of every pre-activation; None leaves it to the recursion.
+            input_second_moment: as in `Architecture`.
+
+        Raises:
+            ValueError: depth or a width below one, a negative sigma, an unknown activation.
+
+        Example:
+            >>> Architecture.mlp(depth=3, width=100, activation="tanh", sigma_w=1.1).layers[2].n_in
+            100
+        """
+        if depth < 1:
+            raise ValueError(f"depth counts the weight matrices: it must be at least 1, got {depth}.")
+        phi = None if activation is None else as_activation(activation)
+        if phi is not None and phi.name == "linear":
+            phi = None
+        first = width if n_in is None else n_in
+        layers = [
+            Layer(first if index == 0 else width, width, phi, sigma_w, sigma_b, ensemble, q, f"{index}")
+            for index in range(depth)
+        ]
+        if n_out is not None:
+            layers.append(Layer(width, n_out, None, sigma_w, sigma_b, ensemble, None, f"{depth}"))
+        return cls(tuple(layers), input_second_moment)
+
+
+def pre_activation_moments(architecture: Architecture) -> tuple[float, ...]:
+    """q of every layer: what the layer states, else the recursion from the input, else the layer's fixed point.
+
+    Raises:
+        ValueError: a layer whose length map has no finite fixed point, when no input moment is given.
+    """
+    result: list[float] = []
+    signal = architecture.input_second_moment
+    for layer in architecture.layers:
+        if layer.q is not None:
+            q = layer.q
+        elif signal is not None:
+            q = _gain(layer) * signal + layer.sigma_b**2
+        else:
+            q = _fixed_point(layer)
+        result.append(float(q))
+        if signal is not None or layer.q is not None:
+            signal = q if layer.activation is None else second_moment(layer.activation, float(q))
+    return tuple(result)
+
+
+def _gain(layer: Layer) -> float:
+    """Mean square out over mean square in of the weights alone."""
+    if isinstance(layer.ensemble, SpectralMeasure):
+        return layer.ensemble.mean * layer.n_in / layer.n_out
+    return layer.sigma_w**2
+
+
+def _fixed_point(layer: Layer) -> float:
+    if layer.activation is None or is_scale_invariant(layer.activation):
+        return 1.0  # the slopes do not depend on it
+    q = mean_field(layer.activation, layer.sigma_w, layer.sigma_b).q_star
+    if not np.isfinite(q):
+        raise ValueError(
+            f"the signal of layer {layer.name!r} ({layer.activation.name}, sigma_w = {layer.sigma_w:g}) grows without end: give "
+            "input_second_moment or the layer's q, or a smaller sigma_w."
+        )
+    return q

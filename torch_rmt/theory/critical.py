@@ -11,7 +11,13 @@ from scipy.optimize import brentq
 
 from torch_rmt.theory.activation import Activation, as_activation
 from torch_rmt.theory.mean_field import checked_sigma
-from torch_rmt.theory.moments import is_scale_invariant, length_slope, moment_table, second_moment, slope_moment
+from torch_rmt.theory.moments import (
+    is_scale_invariant,
+    length_slope,
+    moment_table,
+    second_moment,
+    slope_moment,
+)
 
 Kind = Literal["scale-invariant", "line", "half-stable", "none"]
 
@@ -68,7 +74,9 @@ def critical_point(
     phi = as_activation(activation)
     given = {"sigma_b": sigma_b, "sigma_w": sigma_w, "q_star": q_star}
     if sum(value is not None for value in given.values()) > 1:
-        raise ValueError("give at most one of sigma_b, sigma_w and q_star: each alone fixes the critical point.")
+        raise ValueError(
+            "give at most one of sigma_b, sigma_w and q_star: each alone fixes the critical point."
+        )
     for name, value in given.items():
         if value is not None:
             checked_sigma(name, value)
@@ -119,7 +127,13 @@ def _at(phi: Activation, q: float) -> CriticalPoint:
     slope_moment_here = slope_moment(phi, q)
     if slope_moment_here < 1e-300:
         return CriticalPoint(
-            float("inf"), 0.0, q, 0.0, 0.0, "none", f"{phi.name} has no slope at q = {q:g}: take another q_star."
+            float("inf"),
+            0.0,
+            q,
+            0.0,
+            0.0,
+            "none",
+            f"{phi.name} has no slope at q = {q:g}: take another q_star.",
         )
     weight, bias = critical_curve(phi, q)
     if -1e-9 * q < bias < 0:
@@ -164,7 +178,9 @@ def _roots(phi: Activation, condition: Callable[[float, float, float], float]) -
             q = float(np.exp(log_q))
             return condition(q, second_moment(phi, q), slope_moment(phi, q))
 
-        roots.append(float(np.exp(brentq(exact, np.log(grid[i]), np.log(grid[i + 1]), xtol=1e-15, rtol=1e-15))))
+        roots.append(
+            float(np.exp(brentq(exact, np.log(grid[i]), np.log(grid[i + 1]), xtol=1e-15, rtol=1e-15)))
+        )
     return roots
 
 
@@ -182,7 +198,9 @@ def _choose(phi: Activation, candidates: list[float], asked: str) -> CriticalPoi
         else ""
     )
     nan = float("nan")
-    return CriticalPoint(nan, nan, nan, nan, nan, "none", f"{phi.name} has no critical point with {asked}.{where}")
+    return CriticalPoint(
+        nan, nan, nan, nan, nan, "none", f"{phi.name} has no critical point with {asked}.{where}"
+    )
 
 
 def _natural(phi: Activation) -> CriticalPoint:

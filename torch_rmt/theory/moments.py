@@ -49,7 +49,10 @@ def length_slope(activation: Activation, q: float) -> float:
 def moment_table(
     activation: Activation,
 ) -> tuple[
-    Float[np.ndarray, " grid"], Float[np.ndarray, " grid"], Float[np.ndarray, " grid"], Float[np.ndarray, " grid"]
+    Float[np.ndarray, " grid"],
+    Float[np.ndarray, " grid"],
+    Float[np.ndarray, " grid"],
+    Float[np.ndarray, " grid"],
 ]:
     """(q, V, D, P) on a logarithmic grid from 1e-9 to 1e9: where to look for roots before they are polished.
 

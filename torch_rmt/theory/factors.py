@@ -1,0 +1,212 @@
+"""From an architecture to the factors of the master equation: closed-form terms, implicit kinds, atoms, moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from torch_rmt.measures import Discrete
+from torch_rmt.measures.base import SpectralMeasure
+from torch_rmt.theory.activation import Activation
+from torch_rmt.theory.architecture import Architecture, Layer
+from torch_rmt.theory.chain import Chain, Kind, Term
+from torch_rmt.theory.equal_layers import EqualLayers
+from torch_rmt.theory.jacobian_law import Solver
+from torch_rmt.theory.series import moments_from_s, multiply, power, s_series
+from torch_rmt.theory.slope_law import NodeLaw, slope_law
+
+_MOMENTS = 9
+
+
+@dataclass
+class Factors:
+    """The factors of J^T J, collected layer by layer; u = scale * M throughout.
+
+    Fields:
+        log_scale: sum of the logs of all constant factors, so that what is left has mean-one laws.
+        terms: closed-form factors (a + b M)^count, as a dict (a, b) -> count.
+        kinds: implicit factors (law, scale) -> count, laws shared by identity.
+        rank: dimension of the image over n_0.
+        kept: dimension, over n_0, of the subspace on which all factors so far are one constant; None once a Gaussian
+            layer has mixed everything.
+        log_kept: log of that constant, in units of the scale.
+        plain: True while all layers are square.
+    """
+
+    log_scale: float = 0.0
+    terms: dict[tuple[float, float], float] = field(default_factory=dict)
+    kinds: dict[tuple[int, float], tuple[NodeLaw, int]] = field(default_factory=dict)
+    rank: float = 1.0
+    kept: float | None = 1.0
+    log_kept: float = 0.0
+    gaussians: int = 0
+    plain: bool = True
+
+    def add_term(self, a: float, b: float, count: float = 1.0) -> None:
+        """Multiply z by (a + b M)^count, a constant part taken into the scale."""
+        self.log_scale += count * float(np.log(a))
+        key = (1.0, float(np.round(b / a, 14)))
+        self.terms[key] = self.terms.get(key, 0.0) + count
+        if self.terms[key] == 0.0:
+            del self.terms[key]
+
+    def add_law(self, law: NodeLaw, scale: float) -> None:
+        """Multiply by a factor with the law of s in a space of dimension n_0 / scale; law.scaled to mean one here."""
+        top = max(law.atoms, key=lambda atom: atom[1] if atom[0] > 0 else -1.0, default=(1.0, 0.0))
+        at_zero = law.mass_at(0.0)
+        self.rank = min(self.rank, (1.0 - at_zero) / scale)
+        constant = top if top[0] > 0 else (1.0, 0.0)
+        mean = law.moment(1)
+        if self.kept is not None:
+            self.kept -= (1.0 - constant[1]) / scale
+            self.log_kept += float(np.log(constant[0] / mean))
+        if not law.ranges and len(law.atoms) - (at_zero > 0) == 1:
+            # {0, s}: w = s (u + p) / u, in closed form.
+            p = 1.0 - at_zero
+            location = law.atoms[-1][0]
+            self.log_scale += float(np.log(location))
+            if at_zero > 0:
+                self.add_term(p, scale)
+                self.add_term(1.0, scale, -1.0)
+            return
+        self.log_scale += float(np.log(mean))
+        key = (id(law), scale)
+        _, count = self.kinds.get(key, (law, 0))
+        self.kinds[key] = (law, count + 1)
+
+    def add_weights(self, layer: Layer, first: int) -> None:
+        """Multiply by the factor of W."""
+        before, after = first / layer.n_in, first / layer.n_out
+        self.rank = min(self.rank, layer.n_out / first)
+        self.plain &= layer.n_in == layer.n_out
+        if isinstance(layer.ensemble, SpectralMeasure):
+            self.plain = False
+            self.add_law(measured_law(layer.ensemble), before)
+            return
+        if layer.sigma_w == 0.0:
+            raise ValueError(f"layer {layer.name!r} has sigma_w = 0: its Jacobian is zero.")
+        self.log_scale += 2.0 * float(np.log(layer.sigma_w))
+        if layer.ensemble == "gaussian":
+            self.log_scale += float(np.log(layer.n_out / layer.n_in))
+            self.add_term(1.0, after)
+            self.kept = None
+            self.gaussians += 1
+        elif layer.n_out > layer.n_in:
+            self.log_scale += float(np.log(layer.n_out / layer.n_in))
+        elif layer.n_out < layer.n_in:
+            self.add_term(layer.n_out / layer.n_in, before)
+            self.add_term(1.0, before, -1.0)
+            if self.kept is not None:
+                self.kept -= (layer.n_in - layer.n_out) / first
+                # The constant is in units of the scale, of which the projection's mean n_out / n_in is a part.
+                self.log_kept -= float(np.log(layer.n_out / layer.n_in))
+
+    def single_law(self) -> tuple[list[float], list[float]] | None:
+        """(log locations, masses) where the whole law is atoms: no mixing factor, or one Discrete law alone."""
+        if self.gaussians or self.kinds:
+            laws = list(self.kinds.values())
+            alone = not self.terms and len(laws) == 1 and laws[0][1] == 1 and not laws[0][0].ranges
+            if self.gaussians or not alone or next(iter(self.kinds))[1] != 1.0:
+                return None
+            law = laws[0][0]
+            mean = law.moment(1)
+            return (
+                [float(np.log(s / mean)) + self.log_scale if s > 0 else -np.inf for s, _ in law.atoms],
+                [mass for _, mass in law.atoms],
+            )
+        if self.kept is not None and abs(self.kept - self.rank) < 1e-12:
+            # One projection, or none: the rest of the space is the null space.
+            value = self.log_scale + self.log_kept
+            if self.rank > 1.0 - 1e-12:
+                return [value], [1.0]
+            return [float("-inf"), value], [1.0 - self.rank, self.rank]
+        return None
+
+    def log_atoms(self) -> tuple[tuple[float, float], ...]:
+        """(log location in units of the scale, mass) of the atoms.
+
+        Zero: what the narrowest place of the chain loses. Elsewhere: subspaces in general position meet in what their
+        dimensions leave over (Haar weights only).
+        """
+        atoms: list[tuple[float, float]] = []
+        if self.rank < 1.0 - 1e-14:
+            atoms.append((float("-inf"), 1.0 - self.rank))
+        if self.kept is not None and self.kept > 1e-12:
+            atoms.append((self.log_kept, self.kept))
+        return tuple(atoms)
+
+    def moments(self) -> Float[np.ndarray, " orders"]:
+        """Moments 0 to 8 in units of the scale, from the product of S-transforms."""
+        orders = _MOMENTS - 1
+        s = np.zeros(orders)
+        s[0] = 1.0
+        for (a, b), count in self.terms.items():
+            base = np.zeros(orders)
+            base[:2] = a, b
+            s = multiply(s, power(base, -count))
+        for (_, scale), (law, count) in self.kinds.items():
+            mean = law.moment(1)
+            one = s_series([law.moment(k) / mean**k for k in range(_MOMENTS)]) * scale ** np.arange(orders)
+            s = multiply(s, power(one, count))
+        return moments_from_s(s)
+
+    def solver(self) -> Solver:
+        """The solver for these factors: without choice of branch for equal layers, by continuation for others."""
+        kinds = tuple(
+            Kind(law.scaled(1.0 / law.moment(1)), scale, count)
+            for (_, scale), (law, count) in self.kinds.items()
+        )
+        equal = len(kinds) == 1 and self.plain and self.gaussians in (0, kinds[0].count)
+        if equal and set(self.terms) <= {(1.0, 1.0)} and self.terms.get((1.0, 1.0), 0.0) == self.gaussians:
+            return EqualLayers(kinds[0].law, kinds[0].count, self.gaussians > 0)
+        terms = tuple(Term(a, b, count) for (a, b), count in self.terms.items())
+        return Chain(terms, kinds, self.rank)
+
+
+def collect(architecture: Architecture, moments: tuple[float, ...]) -> Factors:
+    """The factors of an architecture whose layers have the given pre-activation moments q."""
+    factors = Factors()
+    first = architecture.layers[0].n_in
+    laws: dict[tuple[int, float], NodeLaw] = {}
+    for layer, q in zip(architecture.layers, moments, strict=True):
+        factors.add_weights(layer, first)
+        if layer.activation is not None:
+            factors.add_law(_shared(laws, layer.activation, q), first / layer.n_out)
+    return factors
+
+
+def _shared(laws: dict[tuple[int, float], NodeLaw], activation: Activation, q: float) -> NodeLaw:
+    """One law for all layers whose q agree to 1e-9: a deep network near its fixed point has few kinds."""
+    for (known, at), law in laws.items():
+        if known == id(activation) and abs(at - q) <= 1e-9 * q:
+            return law
+    laws[id(activation), q] = slope_law(activation, q)
+    return laws[id(activation), q]
+
+
+def measured_law(measure: SpectralMeasure) -> NodeLaw:
+    """Nodes and weights of a law of W^T W; a continuous one by Gauss-Legendre in its quantiles.
+
+    Raises:
+        ValueError: mass below zero, or no mass above it.
+    """
+    if isinstance(measure, Discrete) or not measure.support():
+        atoms = measure.atoms()
+        nodes, weights = np.array([x for x, _ in atoms]), np.array([m for _, m in atoms])
+    else:
+        unit, unit_weights = np.polynomial.legendre.leggauss(8)
+        edges = 0.5 - 0.5 * np.cos(np.pi * np.linspace(0, 1, 65))
+        half = np.diff(edges)[:, None] / 2
+        levels = (edges[:-1, None] + half * (1 + unit)).ravel()
+        nodes, weights = measure.quantile(levels), (half * unit_weights).ravel()
+    tiny = 1e-13 * np.abs(nodes).max()
+    if nodes.min() < -tiny or nodes.max() <= 0:
+        raise ValueError("a law of W^T W lives on [0, inf) and not on 0 alone: square the singular values.")
+    nodes = np.where(np.abs(nodes) <= tiny, 0.0, nodes)
+    places, which = np.unique(nodes, return_inverse=True)
+    masses = np.bincount(which, weights)
+    masses = masses / masses.sum()
+    pairs = tuple((float(s), float(m)) for s, m in zip(places, masses, strict=True))
+    return NodeLaw(places, masses, pairs, ())
