@@ -31,3 +31,14 @@ from torch_rmt.theory.hessian import hessian_law as hessian_law
 from torch_rmt.theory.hessian import hessian_spectrum as hessian_spectrum
 from torch_rmt.theory.hessian import residual_part as residual_part
 from torch_rmt.theory.spin_glass import SphericalSpinGlass as SphericalSpinGlass
+from torch_rmt.theory.conjugate_kernel import conjugate_kernel_spectrum as conjugate_kernel_spectrum
+from torch_rmt.theory.conjugate_kernel import neural_tangent_spectrum as neural_tangent_spectrum
+from torch_rmt.theory.conjugate_kernel_law import KernelLayer as KernelLayer
+from torch_rmt.theory.conjugate_kernel_law import LayeredKernelLaw as LayeredKernelLaw
+from torch_rmt.theory.edges import LargestEigenvalue as LargestEigenvalue
+from torch_rmt.theory.edges import TracyWidom as TracyWidom
+from torch_rmt.theory.edges import edge_sharpness as edge_sharpness
+from torch_rmt.theory.edges import largest_eigenvalue_law as largest_eigenvalue_law
+from torch_rmt.theory.spikes import Spike as Spike
+from torch_rmt.theory.spikes import spike_in_product as spike_in_product
+from torch_rmt.theory.spikes import spike_in_sum as spike_in_sum
