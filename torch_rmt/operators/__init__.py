@@ -1,14 +1,17 @@
 """A module and a batch as linear operators."""
 
+from torch_rmt.operators.adapters import from_curvlinops, from_scipy, to_scipy
 from torch_rmt.operators.arithmetic import Combination, Dense, Scaled, Transposed, dense
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.blocks import layer_blocks
 from torch_rmt.operators.closure import ClosureHessian, adam_scale
 from torch_rmt.operators.curvature import Curvature, Fisher, GaussNewton, GradientCovariance, Hessian
-from torch_rmt.operators.dual import Gram, dual_gram
+from torch_rmt.operators.distributed import AllReduced, unsharded
+from torch_rmt.operators.dual import DualGram, dual_gram
 from torch_rmt.operators.jacobian import Jacobian
 from torch_rmt.operators.kernel import NeuralTangentKernel, conjugate_kernel
 from torch_rmt.operators.ladder import EngineError
+from torch_rmt.operators.plan import Cost, Plan, cost, plan, prefers_dual
 from torch_rmt.operators.sweep import (
     LayerNorms,
     activation_slopes,
@@ -19,30 +22,40 @@ from torch_rmt.operators.sweep import (
 )
 
 __all__ = [
+    "AllReduced",
     "ClosureHessian",
     "Combination",
+    "Cost",
     "Curvature",
     "Dense",
+    "DualGram",
     "EngineError",
     "Fisher",
     "GaussNewton",
     "GradientCovariance",
-    "Gram",
     "Hessian",
     "Jacobian",
     "LayerNorms",
     "LinearOperator",
     "NeuralTangentKernel",
+    "Plan",
     "Scaled",
     "Transposed",
     "activation_slopes",
     "adam_scale",
     "conjugate_kernel",
+    "cost",
     "dense",
     "dual_gram",
+    "from_curvlinops",
+    "from_scipy",
     "input_to_layers",
     "layer_blocks",
     "layers_to_output",
     "partial_jacobian_norms",
+    "plan",
+    "prefers_dual",
     "single_layers",
+    "to_scipy",
+    "unsharded",
 ]

@@ -166,15 +166,10 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor | None:
         return F.rms_norm(x, module.normalized_shape, None, module.eps)
     if type(module) is nn.GroupNorm:
         return F.group_norm(x, module.num_groups, None, None, module.eps)
-    if (
-        type(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
-        and not module.training
-        and module.running_mean is not None
-    ):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training:
         mean, variance = module.running_mean, module.running_var
-        assert isinstance(mean, Tensor)
-        assert isinstance(variance, Tensor)
-        return F.batch_norm(x, mean, variance, None, None, False, 0.0, float(module.eps))
+        if mean is not None:  # without running statistics the batch's own count, and samples mix
+            return F.batch_norm(x, mean, variance, None, None, False, 0.0, module.eps)
     return None
 
 

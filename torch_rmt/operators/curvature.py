@@ -15,7 +15,7 @@ from torch_rmt.operators.batches import Batch, read_batches
 from torch_rmt.operators.engines import FIRST_ORDER, SECOND_ORDER, Differentiable, Products, Tensors, gradient
 from torch_rmt.operators.ladder import Choice, climb
 from torch_rmt.operators.losses import Loss, checked_loss, output_curvature
-from torch_rmt.operators.plan import fits_in_memory
+from torch_rmt.operators.memory import fits_in_memory
 from torch_rmt.operators.pure import PureModel
 
 Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of rows (k, n)

@@ -31,7 +31,7 @@ _PRODUCTS = "by products"
 
 
 @dataclass(frozen=True)
-class Gram:
+class DualGram:
     """Gram matrix of a Gauss-Newton, Fisher or tangent-kernel operator over samples x columns.
 
     Fields:
@@ -63,7 +63,7 @@ def _padded(gram: Tensor, dim: int) -> Tensor:
     return torch.cat([values.new_zeros(dim - values.shape[0]), values])
 
 
-def dual_gram(operator: GaussNewton | NeuralTangentKernel, *, by_layer: bool = False) -> Gram:
+def dual_gram(operator: GaussNewton | NeuralTangentKernel, *, by_layer: bool = False) -> DualGram:
     """Build the Gram matrix of a Gauss-Newton, Fisher (any kind) or neural tangent kernel operator.
 
     Costs one backward pass of the batch for each output (for each draw of a sampled or empirical Fisher) and
@@ -103,11 +103,11 @@ def dual_gram(operator: GaussNewton | NeuralTangentKernel, *, by_layer: bool = F
             method = "Gram matrices of the modules" + (
                 f"; {len(rest)} parameters by products" if rest else ""
             )
-            return Gram(total, layers if by_layer else {}, operator.shape[0], method)
+            return DualGram(total, layers if by_layer else {}, operator.shape[0], method)
         # Samples that mix (batch normalisation in train mode) have no per-sample gradients.
         reason = "the samples of this batch depend on one another"
     total = _by_products(pure, inputs, list(pure.names), factors)
-    return Gram(total, {}, operator.shape[0], f"products with every column ({reason})")
+    return DualGram(total, {}, operator.shape[0], f"products with every column ({reason})")
 
 
 def _summed(grams: dict[str, Tensor]) -> Tensor:

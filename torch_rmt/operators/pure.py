@@ -201,7 +201,7 @@ class PureModel:
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the output of {type(self.module).__name__} is a {type(output).__name__}, not a tensor: "
-                "wrap the model in a module whose forward returns the tensor that the loss takes (for example "
+                "wrap the model in a module whose forward returns the tensor that the loss takes (such as "
                 "`return self.model(x).logits`)"
             )
         return output
