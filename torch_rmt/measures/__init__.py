@@ -6,8 +6,11 @@ from torch_rmt.measures.composite import Affine, Mixture, affine, dilate
 from torch_rmt.measures.convolution import FreeConvolution, FreeProduct, FreeSum
 from torch_rmt.measures.cumulants import free_cumulants, moments_from_free_cumulants
 from torch_rmt.measures.discrete import Bernoulli, Discrete, PointMass, empirical
-from torch_rmt.measures.free import free_add, free_compress, free_mul, free_power
+from torch_rmt.measures.elementary import QuarterCircle, Uniform
+from torch_rmt.measures.free import free_add, free_compress, free_mul, free_power, rectangular_product
 from torch_rmt.measures.fuss_catalan import FussCatalan
+from torch_rmt.measures.jacobi import KestenMcKay, Wachter, jacobi
+from torch_rmt.measures.pushforward import GaussianPushforward
 from torch_rmt.measures.subordination import ConvergenceError, Subordination
 from torch_rmt.measures.transforms import (
     eta_transform,
@@ -29,13 +32,18 @@ __all__ = [
     "FreeProduct",
     "FreeSum",
     "FussCatalan",
+    "GaussianPushforward",
     "Interval",
+    "KestenMcKay",
     "MarchenkoPastur",
     "Mixture",
     "PointMass",
+    "QuarterCircle",
     "Semicircle",
     "SpectralMeasure",
     "Subordination",
+    "Uniform",
+    "Wachter",
     "affine",
     "dilate",
     "empirical",
@@ -48,8 +56,10 @@ __all__ = [
     "eta_transform",
     "inverse_m",
     "inverse_stieltjes",
+    "jacobi",
     "m_transform",
     "moments_from_free_cumulants",
     "r_transform",
+    "rectangular_product",
     "s_transform",
 ]

@@ -69,7 +69,8 @@ class Semicircle(SpectralMeasure):
         """L = (z - m) G - 1 - v G^2 / 2 - log G."""
         points, below = fold(z)
         g = self.stieltjes(points)
-        return unfold((points - self._mean) * g - 1.0 - 0.5 * self._variance * g * g - np.log(g), below)
+        inverse = fold(1.0 / g)[0]
+        return unfold((points - self._mean) * g - 1.0 - 0.5 * self._variance * g * g + np.log(inverse), below)
 
     def support(self) -> tuple[Interval, ...]:
         """One interval, mean plus and minus two standard deviations."""
@@ -140,7 +141,7 @@ class MarchenkoPastur(SpectralMeasure):
         c, v = self.ratio, self.scale
         with np.errstate(all="ignore"):
             g = self._evaluate(points)[0]
-            value = points * g - 1.0 - np.log(g) + np.log1p(-c * v * g) / c
+            value = points * g - 1.0 + np.log(fold(1.0 / g)[0]) + np.log1p(fold(-c * v * g)[0]) / c
             at_zero = points == 0
             if np.any(at_zero):
                 limit = np.log(v) - 1.0 - (1.0 / c - 1.0) * np.log1p(-c) if c < 1 else np.log(v) - 1.0

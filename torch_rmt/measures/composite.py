@@ -10,7 +10,9 @@ from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.classical import Arcsine, MarchenkoPastur, Semicircle, finite
+from torch_rmt.measures.convolution import FreeProduct, FreeSum
 from torch_rmt.measures.discrete import Discrete, PointMass
+from torch_rmt.measures.geometry import Factor
 from torch_rmt.measures.half_plane import fold, unfold
 
 
@@ -25,6 +27,11 @@ class Affine(SpectralMeasure):
 
     def __repr__(self) -> str:
         return f"Affine({self.base!r}, scale={self.scale}, shift={self.shift})"
+
+    @property
+    def residual(self) -> float:
+        """That of the base."""
+        return self.base.residual
 
     def _back(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
         points = np.asarray(z, dtype=complex)
@@ -122,6 +129,14 @@ def affine(measure: SpectralMeasure, scale: float, shift: float = 0.0) -> Spectr
             return Arcsine(low, high)
         case Affine():
             return affine(measure.base, scale * measure.scale, scale * measure.shift + shift)
+        case FreeSum():  # into the summands, so that the result still is a free sum
+            first, *rest = measure.factors
+            moved = Factor(affine(first.law, scale, shift / first.count), first.count)
+            return FreeSum((moved, *(Factor(affine(f.law, scale), f.count) for f in rest)))
+        case FreeProduct() if scale > 0 and shift == 0:
+            first, *rest = measure.factors
+            moved = Factor(affine(first.law, scale ** (1.0 / first.count)), first.count, first.dimension)
+            return FreeProduct((moved, *rest))
         case _:
             return Affine(measure, scale, shift)
 
@@ -150,6 +165,11 @@ class Mixture(SpectralMeasure):
 
     def __repr__(self) -> str:
         return f"Mixture({list(self.parts)!r}, {self.weights.tolist()})"
+
+    @property
+    def residual(self) -> float:
+        """Largest of the parts' residuals."""
+        return max(part.residual for part in self.parts)
 
     def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
         """Weighted sum of the parts' transforms."""

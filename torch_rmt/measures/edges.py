@@ -117,7 +117,18 @@ def find_support(measure: Convolved, mesh: Points) -> tuple[tuple[float, float],
         edges.insert(0, measure.hull[0])
     if bulk.any() and bulk[-1]:
         edges.append(measure.hull[1])
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
+    return _joined(list(zip(edges[::2], edges[1::2], strict=True)))
+
+
+def _joined(intervals: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Join intervals whose gap is below what rounding can tell from an edge."""
+    joined: list[tuple[float, float]] = []
+    for low, high in intervals:
+        if joined and low - joined[-1][1] <= 1e-8 * max(high - low, joined[-1][1] - joined[-1][0]):
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return tuple(joined)
 
 
 def _find_edges(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -166,3 +167,48 @@ def free_compress(measure: SpectralMeasure, fraction: float) -> SpectralMeasure:
     if not 0 < fraction <= 1:
         raise ValueError(f"the fraction that is kept must lie in (0, 1], got {fraction}")
     return dilate(free_power(measure, 1.0 / fraction, kind="additive"), fraction)
+
+
+def rectangular_product(laws: Sequence[SpectralMeasure], widths: Sequence[int | float]) -> SpectralMeasure:
+    """Law of J^T J for J = A_L ... A_1 with free rectangular factors, in the dimension of the input.
+
+    `laws[l]` is the law of A_(l+1)^T A_(l+1), a matrix of the dimension of its own input, `widths[l]`; `widths[-1]` is the
+    dimension of the output. All factors are solved for at once: M_l(w_l) = (n_0 / n_(l-1)) M(z).
+    Source: Benaych-Georges 2009; Pennington, Schoenholz and Ganguli 2018.
+
+    Raises:
+        ValueError: if there is not one width more than laws, a width is not positive, a law reaches below zero, or a law's
+            atom at 0 is smaller than its shape forces (a factor to a narrower layer has a kernel).
+
+    >>> from torch_rmt.measures.classical import MarchenkoPastur
+    >>> law = MarchenkoPastur(0.5)  # of A^T A, A of shape (200, 100) with variance 1/200
+    >>> round(rectangular_product([law, dilate(MarchenkoPastur(2.0), 2.0)], [100, 200, 100]).mean, 12)
+    2.0
+    """
+    if len(widths) != len(laws) + 1 or not laws:
+        raise ValueError(f"{len(laws)} factors need {len(laws) + 1} widths, from input to output; got {len(widths)}")
+    if any(not (np.isfinite(width) and width > 0) for width in widths):
+        raise ValueError(f"widths must be positive, got {list(widths)}")
+    scale, factors = 1.0, []
+    for law, here, after in zip(laws, widths[:-1], widths[1:], strict=True):
+        if law.bounds()[0] < 0:
+            raise ValueError(f"{law!r} is no law of A^T A: it reaches below zero")
+        kernel = sum(mass for location, mass in law.atoms() if location == 0.0)
+        if kernel < 1.0 - after / here - 1e-9:
+            raise ValueError(
+                f"{law!r} has mass {kernel:g} at 0, but a factor from width {here} to {after} has at least "
+                f"{1 - after / here:g}: pass the law of A^T A, of the dimension of its input"
+            )
+        location = _point(law)
+        if location is not None and widths[0] == here:
+            scale *= location
+        else:
+            factors.append(Factor(law, 1.0, widths[0] / here))
+    if scale == 0.0:
+        return PointMass(0.0)
+    merged = _merge(factors)
+    if not merged:
+        return PointMass(scale)
+    if len(merged) == 1 and merged[0].count == 1.0 and merged[0].dimension == 1.0:
+        return dilate(merged[0].law, scale)
+    return dilate(FreeProduct(merged), scale)

@@ -1,0 +1,130 @@
+"""Laws with an elementary density: uniform and quarter circle."""
+
+from __future__ import annotations
+
+from math import gamma, pi, sqrt
+
+import numpy as np
+from jaxtyping import Complex, Float
+from numpy.typing import ArrayLike
+
+from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
+from torch_rmt.measures.classical import finite, positive
+from torch_rmt.measures.half_plane import fold, two_cut_root, unfold
+
+
+class Uniform(SpectralMeasure):
+    """Constant density 1 / (high - low).
+
+    >>> Uniform(0.0, 2.0).mean
+    1.0
+    """
+
+    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
+        self.low, self.high = finite("low", low), finite("high", high)
+        if self.high <= self.low:
+            raise ValueError(f"a uniform law needs low < high, got {low} and {high}")
+
+    def __repr__(self) -> str:
+        return f"Uniform({self.low}, {self.high})"
+
+    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """G(z) = (log(z - low) - log(z - high)) / (high - low)."""
+        points, below = fold(z)
+        with np.errstate(all="ignore"):
+            return unfold((np.log(points - self.low) - np.log(points - self.high)) / (self.high - self.low), below)
+
+    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """G'(z) = -1 / ((z - low)(z - high))."""
+        points, below = fold(z)
+        with np.errstate(all="ignore"):
+            return unfold(-1.0 / ((points - self.low) * (points - self.high)), below)
+
+    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """L = ((z - low) log(z - low) - (z - high) log(z - high)) / (high - low) - 1."""
+        points, below = fold(z)
+        total = np.zeros(points.shape, dtype=complex)
+        for end, sign in ((self.low, 1.0), (self.high, -1.0)):
+            delta = points - end
+            total = total + sign * delta * np.log(np.where(delta == 0, 1.0, delta))
+        return unfold(total / (self.high - self.low) - 1.0, below)
+
+    def support(self) -> tuple[Interval, ...]:
+        """The interval [low, high]."""
+        return ((self.low, self.high),)
+
+    def atoms(self) -> tuple[Atom, ...]:
+        """None."""
+        return ()
+
+    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """Constant on the interval."""
+        points = np.asarray(x, dtype=float)
+        return np.where((points >= self.low) & (points <= self.high), 1.0 / (self.high - self.low), 0.0)
+
+    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """(x - low) / (high - low), clipped to [0, 1]."""
+        return np.asarray(np.clip((np.asarray(x, dtype=float) - self.low) / (self.high - self.low), 0.0, 1.0))
+
+    def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
+        """Linear in p."""
+        levels = np.asarray(p, dtype=float)
+        if not np.all((levels >= 0) & (levels <= 1)):
+            raise ValueError("quantile levels must lie in [0, 1]")
+        return np.asarray(self.low + (self.high - self.low) * levels)
+
+    def moment(self, k: int) -> float:
+        """Mean of the k + 1 products low^j high^(k - j)."""
+        if k < 0:
+            raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
+        return sum(self.low**j * self.high ** (k - j) for j in range(k + 1)) / (k + 1)
+
+
+class QuarterCircle(SpectralMeasure):
+    """Singular values of a square Gaussian matrix: density 4 sqrt(r^2 - x^2) / (pi r^2) on [0, r]; r = 2 for unit variance.
+
+    >>> QuarterCircle().moment(2)
+    1.0
+    """
+
+    def __init__(self, radius: float = 2.0) -> None:
+        self.radius = positive("radius", radius)
+
+    def __repr__(self) -> str:
+        return f"QuarterCircle({self.radius})"
+
+    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """G = (4 / (pi r^2)) (pi z / 2 + r - s (2 arctan((z - r)/s) + 2 arctan(r/s))), s = sqrt(z^2 - r^2)."""
+        points, below = fold(z)
+        r = self.radius
+        with np.errstate(all="ignore"):
+            root = two_cut_root(points, -r, r)
+            # arctan((z - r)/s) = -i/2 log((s + i (z - r))/(s - i (z - r))), written so that no cut is met
+            angle = np.arctan((points - r) / root) + np.arctan(r / root)
+            g = 4 / (pi * r * r) * (0.5 * pi * points + r - 2 * root * angle)
+        return unfold(np.asarray(g), below)
+
+    def support(self) -> tuple[Interval, ...]:
+        """The interval [0, r]."""
+        return ((0.0, self.radius),)
+
+    def atoms(self) -> tuple[Atom, ...]:
+        """None."""
+        return ()
+
+    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """4 sqrt(r^2 - x^2) / (pi r^2)."""
+        points = np.asarray(x, dtype=float)
+        inside = (points >= 0) & (points <= self.radius)
+        return np.where(inside, 4 / (pi * self.radius**2) * np.sqrt(np.maximum(self.radius**2 - points**2, 0)), 0.0)
+
+    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """(2 / pi)(u sqrt(1 - u^2) + arcsin u), u = x / r."""
+        u = np.clip(np.asarray(x, dtype=float) / self.radius, 0.0, 1.0)
+        return np.asarray(2 / pi * (u * np.sqrt(1 - u * u) + np.arcsin(u)))
+
+    def moment(self, k: int) -> float:
+        """r^k Gamma((k + 1)/2) / (sqrt(pi) Gamma(k/2 + 2))."""
+        if k < 0:
+            raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
+        return self.radius**k * gamma((k + 1) / 2) / (sqrt(pi) * gamma(k / 2 + 2))

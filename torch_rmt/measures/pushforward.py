@@ -1,0 +1,301 @@
+"""The law of a function of a Gaussian variable: what an activation's derivative is, layer after layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Complex, Float
+from numpy.polynomial import chebyshev
+from numpy.typing import ArrayLike
+from scipy.special import erf, ndtr
+
+from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
+from torch_rmt.measures.half_plane import fold, unfold
+
+_REACH = 8.5  # standard deviations: 2e-17 of the mass is left out
+_PANEL = 0.5  # width of a panel in standard deviations, halved where fn is not resolved
+_RESOLVED = 1e-14  # of a panel's largest value: what its last Chebyshev coefficients may be
+_ORDER = 16  # Gauss-Legendre nodes and Chebyshev coefficients a panel
+_HALVINGS = 22  # panels that shrink towards a critical point, where the image turns back
+_CLOSE = 1.0  # image radii within which a point's pole is subtracted from a panel's integrand
+
+
+class GaussianPushforward(SpectralMeasure):
+    """Law of fn(sqrt(variance) Z), Z standard normal, for fn real, smooth between its kinks.
+
+    The line is cut at the kinks and at the critical points of fn into panels on which fn is monotone. On each, G is a
+    Gauss-Legendre sum; where z is near the panel's image the pole at fn(t) = z is subtracted and integrated in closed form,
+    so that G holds up to the axis. Pieces on which fn is constant are atoms. The distribution function is exact.
+
+    Raises:
+        ValueError: variance not positive, or fn not finite somewhere within 8.5 standard deviations.
+
+    >>> law = GaussianPushforward(lambda h: (h > 0) * 1.0, 2.0, kinks=(0.0,))  # derivative of ReLU, squared
+    >>> law.atoms()
+    ((0.0, 0.5), (1.0, 0.5))
+    """
+
+    def __init__(self, fn: Callable[[np.ndarray], np.ndarray], variance: float, kinks: Sequence[float] = ()) -> None:
+        if not (np.isfinite(variance) and variance > 0):
+            raise ValueError(f"variance must be a finite number > 0, got {variance}; fn(0) alone is a PointMass")
+        self.fn, self.gaussian_variance, self.kinks = fn, float(variance), tuple(float(k) for k in kinks)
+        sigma = np.sqrt(self.gaussian_variance)
+        cuts = np.unique(np.clip([-_REACH, *(k / sigma for k in self.kinks), _REACH], -_REACH, _REACH))
+        edges = [np.linspace(a, b, int(np.ceil((b - a) / _PANEL)) + 1) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        left, right = np.concatenate([e[:-1] for e in edges]), np.concatenate([e[1:] for e in edges])
+        left, right = self._monotone(*self._resolved(left, right))
+        values = self._values(left, right)
+        size = np.abs(values).max()
+        flat = np.ptp(values, axis=1) <= 8 * np.finfo(float).eps * np.abs(values).max(axis=1)
+        flat &= right - left > 1e-4  # the short panels beside a critical point are no atoms
+        mass = ndtr(right) - ndtr(left)
+        self._atoms = _gather(values[flat].mean(axis=1), mass[flat], size)
+        keep = ~flat
+        self._left, self._right, self._mass = left[keep], right[keep], mass[keep]
+        self._nodes, weight = _nodes(self._left, self._right)
+        self._values_at = values[keep]
+        self._gauss = weight * np.exp(-0.5 * self._nodes**2) / np.sqrt(2 * np.pi)
+        self._weight = weight
+        self._coefficients = _fit(self._values_at)
+        self._ends = np.stack([_evaluate(self._coefficients, -np.ones(keep.sum())), _evaluate(self._coefficients, np.ones(keep.sum()))]).real
+
+    def __repr__(self) -> str:
+        return f"GaussianPushforward({getattr(self.fn, '__name__', self.fn)!s}, variance={self.gaussian_variance})"
+
+    def _values(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        t, _ = _nodes(left, right)
+        values = np.asarray(self.fn(np.sqrt(self.gaussian_variance) * t.ravel()), dtype=float).reshape(t.shape)
+        if not np.all(np.isfinite(values)):
+            raise ValueError(f"the function is not finite within {_REACH} standard deviations of 0: its law is no law")
+        return values
+
+    def _resolved(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Halve panels until the polynomial through their nodes is fn to rounding."""
+        for _ in range(20):
+            values = self._values(left, right)
+            tail = np.abs(_fit(values)[:, -2:]).max(axis=1)
+            coarse = (tail > _RESOLVED * np.abs(values).max(axis=1)) & (right - left > 1e-6)
+            if not coarse.any():
+                break
+            middle = 0.5 * (left + right)[coarse]
+            left, right = np.sort(np.concatenate([left, middle])), np.sort(np.concatenate([right, middle]))
+        return left, right
+
+    def _monotone(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cut panels at critical points, and shrink them geometrically towards these."""
+        coefficients = _fit(self._values(left, right))
+        slope = chebyshev.chebder(coefficients, axis=1)
+        size = np.abs(coefficients[:, 1:]).sum(axis=1)
+        critical: list[float] = []
+        for i in range(left.size):
+            if size[i] <= 1e-14 * max(1.0, float(np.abs(coefficients[i, 0]))):
+                continue
+            row = slope[i].copy()
+            row[np.abs(row) < 1e-14 * np.abs(row).max()] = 0.0
+            roots = chebyshev.chebroots(np.trim_zeros(row, "b")) if np.count_nonzero(row) else np.zeros(0)
+            real = roots[(np.abs(roots.imag) < 1e-5) & (np.abs(roots.real) <= 1 + 1e-9)].real
+            critical += (0.5 * (left[i] + right[i]) + 0.5 * (right[i] - left[i]) * real).tolist()
+        if not critical:
+            return left, right
+        steps = _PANEL * 0.5 ** np.arange(_HALVINGS)
+        fresh = np.concatenate([[c, *(c - steps), *(c + steps)] for c in critical])
+        cuts = np.unique(np.concatenate([left, right, fresh[(fresh > -_REACH) & (fresh < _REACH)]]))
+        joint = np.concatenate([[True], np.diff(cuts) > 1e-9])
+        cuts = cuts[joint]
+        return cuts[:-1], cuts[1:]
+
+    def _cauchy(
+        self,
+        z: Complex[np.ndarray, " n"],
+        weights: np.ndarray,
+        residue: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ) -> Complex[np.ndarray, " n"]:
+        """Sum over panels of the integral of psi(t) / (z - fn(t)), psi at the nodes in `weights`, `residue` psi / fn'."""
+        result = np.empty_like(z)
+        block = max(1, (1 << 16) // max(1, self._values_at.size))
+        flat_values, flat_weights = self._values_at.ravel(), weights.ravel()
+        with np.errstate(all="ignore"):
+            for i in range(0, z.size, block):
+                result[i : i + block] = (1.0 / (z[i : i + block, None] - flat_values)) @ flat_weights
+            low, high = self._ends.min(axis=0), self._ends.max(axis=0)
+            outside = np.maximum(np.maximum(low - z.real[:, None], z.real[:, None] - high), 0.0)
+            near = np.hypot(outside, z.imag[:, None]) <= _CLOSE * (high - low)
+        for which, panel in _pairs(near):
+            t0, ok = self._pole(z[which], panel)
+            which, panel, t0 = which[ok], panel[ok], t0[ok]
+            share = residue(t0, panel)
+            a, b = self._left[panel], self._right[panel]
+            with np.errstate(all="ignore"):
+                exact = np.log(t0 - a) - np.log(t0 - b)
+                rising = self._ends[1, panel] > self._ends[0, panel]
+                exact = np.where(rising, exact, np.conj(np.log(np.conj(t0) - a) - np.log(np.conj(t0) - b)))
+                crude = (self._weight[panel] / (t0[:, None] - self._nodes[panel])).sum(axis=1)
+                term = share * (exact - crude)
+            np.add.at(result, which, np.where(np.isfinite(term), term, 0.0))
+        return result
+
+    def _pole(self, z: np.ndarray, panel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Solve fn(t) = z on the panel's own polynomial; whether a root was found near the panel."""
+        coefficients = self._coefficients[panel]
+        slope = chebyshev.chebder(coefficients, axis=1)
+        first, last = self._ends[0, panel], self._ends[1, panel]
+        with np.errstate(all="ignore"):
+            x = (2 * z - first - last) / (last - first)
+            x = np.where(np.abs(x) > 1.5, 1.5 * x / np.abs(x), x)
+        for _ in range(20):
+            with np.errstate(all="ignore"):
+                step = (_evaluate(coefficients, x) - z) / _evaluate(slope, x)
+                step = np.where(np.abs(step) > 0.5, 0.5 * step / np.abs(step), step)
+            x = x - np.where(np.isfinite(step), step, 0.0)
+            if np.all((np.abs(step) < 1e-13) | ~np.isfinite(step) | (np.abs(x) > 5)):
+                break
+        ok = (np.abs(x) < 2.5) & (np.abs(step) < 1e-8)
+        rising = last > first
+        half = 0.5 * (self._right[panel] - self._left[panel])
+        t = 0.5 * (self._right[panel] + self._left[panel]) + half * x
+        # above the axis z has its root above where fn rises, below where it falls; rounding must not say otherwise
+        axis = z.imag == 0
+        t.imag = np.where(axis & ok, np.where(rising, np.abs(t.imag), -np.abs(t.imag)), t.imag)
+        return t, ok
+
+    def _derivative(self, t: np.ndarray, panel: np.ndarray) -> np.ndarray:
+        half = 0.5 * (self._right[panel] - self._left[panel])
+        x = (t - 0.5 * (self._right[panel] + self._left[panel])) / half
+        return _evaluate(chebyshev.chebder(self._coefficients[panel], axis=1), x) / half
+
+    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """G(z) = E 1/(z - fn(sqrt(variance) Z))."""
+        points, below = fold(z)
+        flat = points.ravel()
+
+        def residue(t: np.ndarray, panel: np.ndarray) -> np.ndarray:
+            return np.asarray(np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi) / self._derivative(t, panel))
+
+        with np.errstate(all="ignore"):
+            result = self._cauchy(flat, self._gauss, residue)
+            for location, mass in self._atoms:
+                result = result + mass / (flat - location)
+        return unfold(result.reshape(points.shape), below)
+
+    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+        """L(z) = E log(z - fn), by parts on each panel: the same Cauchy integrals with the panel's distribution function."""
+        points, below = fold(z)
+        flat = points.ravel()
+        panels = np.arange(self._left.size)
+        x, _ = np.polynomial.legendre.leggauss(_ORDER)
+        slope = self._slope_at_nodes(x)
+        inside = ndtr(self._nodes) - ndtr(self._left)[:, None]
+
+        def residue(t: np.ndarray, panel: np.ndarray) -> np.ndarray:
+            return np.asarray(0.5 * (erf(t / np.sqrt(2)) - erf(self._left[panel] / np.sqrt(2))))
+
+        with np.errstate(all="ignore"):
+            result = self._cauchy(flat, inside * slope * self._weight, residue)
+            last = self._ends[1, panels]
+            result = result + np.log(flat[:, None] - last) @ self._mass
+            for location, mass in self._atoms:
+                result = result + mass * np.log(flat - location)
+        return unfold(result.reshape(points.shape), below)
+
+    def _slope_at_nodes(self, x: np.ndarray) -> np.ndarray:
+        half = 0.5 * (self._right - self._left)
+        slope = chebyshev.chebder(self._coefficients, axis=1)
+        return np.asarray(chebyshev.chebval(x, slope.T) / half[:, None])
+
+    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """Gaussian mass of the set where fn <= x, from its roots on the monotone panels."""
+        points = np.asarray(x, dtype=float)
+        flat = points.ravel()
+        low, high = self._ends.min(axis=0), self._ends.max(axis=0)
+        result = (flat[:, None] >= high) @ self._mass
+        inside = (flat[:, None] > low) & (flat[:, None] < high)
+        for which, panel in _pairs(inside):
+            t, _ = self._pole(flat[which].astype(complex), panel)
+            t = np.clip(t.real, self._left[panel], self._right[panel])
+            rising = self._ends[1, panel] > self._ends[0, panel]
+            part = np.where(rising, ndtr(t) - ndtr(self._left[panel]), ndtr(self._right[panel]) - ndtr(t))
+            np.add.at(result, which, part)
+        for location, mass in self._atoms:
+            result = result + mass * (flat >= location)
+        lowest, highest = self.bounds()
+        result = np.where(flat < lowest, 0.0, np.where(flat >= highest, 1.0, result))
+        return np.asarray(np.clip(result, 0.0, 1.0).reshape(points.shape))
+
+    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+        """Sum over the roots of fn(t) = x of the Gaussian density over |fn'|."""
+        points = np.asarray(x, dtype=float)
+        flat = points.ravel()
+        low, high = self._ends.min(axis=0), self._ends.max(axis=0)
+        result = np.zeros(flat.shape)
+        for which, panel in _pairs((flat[:, None] >= low) & (flat[:, None] < high)):
+            t, _ = self._pole(flat[which].astype(complex), panel)
+            t = t.real
+            with np.errstate(all="ignore"):
+                term = np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi) / np.abs(self._derivative(t, panel))
+            np.add.at(result, which, term.real)
+        return result.reshape(points.shape)
+
+    @cached_property
+    def _support(self) -> tuple[Interval, ...]:
+        low, high = self._ends.min(axis=0), self._ends.max(axis=0)
+        scale = float(np.abs(self._ends).max()) if self._ends.size else 0.0
+        merged: list[Interval] = []
+        for i in np.argsort(low):
+            if merged and low[i] <= merged[-1][1] + 1e-12 * scale:
+                merged[-1] = (merged[-1][0], max(merged[-1][1], float(high[i])))
+            else:
+                merged.append((float(low[i]), float(high[i])))
+        return tuple(merged)
+
+    def support(self) -> tuple[Interval, ...]:
+        """Images of the panels, joined; an unbounded function is cut at 8.5 standard deviations."""
+        return self._support
+
+    def atoms(self) -> tuple[Atom, ...]:
+        """Values on the pieces where fn is constant."""
+        return self._atoms
+
+    def moment(self, k: int) -> float:
+        """E fn^k."""
+        if k < 0:
+            raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
+        return float((self._gauss * self._values_at**k).sum() + sum(mass * location**k for location, mass in self._atoms))
+
+
+def _pairs(near: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Indices of (point, panel) where the mask is set; empty if nowhere."""
+    which, panel = np.nonzero(near)
+    return [(which, panel)] if which.size else []
+
+
+def _nodes(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x, w = np.polynomial.legendre.leggauss(_ORDER)
+    half = 0.5 * (right - left)[:, None]
+    return 0.5 * (right + left)[:, None] + half * x, half * w
+
+
+def _fit(values: np.ndarray) -> np.ndarray:
+    """Chebyshev coefficients of the polynomials through values at the Gauss-Legendre nodes."""
+    x, _ = np.polynomial.legendre.leggauss(_ORDER)
+    return np.asarray(np.linalg.solve(chebyshev.chebvander(x, _ORDER - 1), values.T).T)
+
+
+def _evaluate(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Clenshaw's rule, one polynomial a point."""
+    one, two = np.zeros_like(x), np.zeros_like(x)
+    for j in range(coefficients.shape[1] - 1, 0, -1):
+        one, two = coefficients[:, j] + 2 * x * one - two, one
+    return np.asarray(coefficients[:, 0] + x * one - two)
+
+
+def _gather(values: np.ndarray, mass: np.ndarray, size: float) -> tuple[Atom, ...]:
+    """Join equal values."""
+    atoms: list[Atom] = []
+    for i in np.argsort(values):
+        if atoms and values[i] - atoms[-1][0] <= 1e-13 * size:
+            atoms[-1] = (atoms[-1][0], atoms[-1][1] + float(mass[i]))
+        else:
+            atoms.append((float(values[i]), float(mass[i])))
+    return tuple(atoms)
