@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cases import MATRIX_SPECTRA, symmetric_matrix
+from tests.spectra.prescribed import MATRIX_SPECTRA, symmetric_matrix
 from torch_rmt.spectra import SLQ, DenseOperator, Spectrum, exact
 
 

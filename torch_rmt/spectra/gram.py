@@ -46,17 +46,19 @@ class Gram(LinearOperator):
 
 
 class Complement(LinearOperator):
-    """P A P for a symmetric A and P = 1 - U U^T, U orthonormal columns that A maps into their own span."""
+    """A P for P = 1 - V V^T, V orthonormal columns; P A P for a symmetric A.
 
-    symmetric = True
+    If V holds eigenvectors (right singular vectors), these are taken out of the spectrum and nothing else is.
+    """
 
-    def __init__(self, operator: LinearOperator, vectors: Float[Tensor, "dim known"]) -> None:
+    def __init__(self, operator: LinearOperator, vectors: Float[Tensor, "columns known"]) -> None:
         self.operator = operator
         self.vectors, _ = torch.linalg.qr(vectors)
+        self.symmetric = operator.symmetric
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return `(dim, dim)`."""
+        """Return `(rows, columns)`."""
         return self.operator.shape
 
     @property
@@ -69,15 +71,43 @@ class Complement(LinearOperator):
         """The floating type of vectors."""
         return self.operator.dtype
 
-    def project(self, V: Float[Tensor, "dim k"]) -> Float[Tensor, "dim k"]:
+    def project(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Take the known vectors out of the k columns of V."""
         rest: Tensor = V - self.vectors @ (self.vectors.T @ V)
         return rest
 
-    def matmat(self, V: Float[Tensor, "dim k"]) -> Float[Tensor, "dim k"]:
-        """Multiply P A P by the k columns of V."""
-        return self.project(self.operator.matmat(self.project(V)))
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+        """Multiply A P, or P A P for a symmetric A, by the k columns of V."""
+        image = self.operator.matmat(self.project(V))
+        return self.project(image) if self.symmetric else image
 
     def adjoint(self) -> LinearOperator:
-        """Return itself."""
-        return self
+        """Return P A^T, or itself for a symmetric A."""
+        return self if self.symmetric else _ComplementAdjoint(self)
+
+
+class _ComplementAdjoint(LinearOperator):
+    """P A^T, the adjoint of A P."""
+
+    def __init__(self, complement: Complement) -> None:
+        self.complement = complement
+        self._adjoint = complement.operator.adjoint()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.complement.shape
+        return columns, rows
+
+    @property
+    def device(self) -> torch.device:
+        return self.complement.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.complement.dtype
+
+    def matmat(self, V: Float[Tensor, "rows k"]) -> Float[Tensor, "columns k"]:
+        return self.complement.project(self._adjoint.matmat(V))
+
+    def adjoint(self) -> LinearOperator:
+        return self.complement

@@ -11,7 +11,7 @@ from scipy.fft import dct
 from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.spectra.lanczos import dots, lanczos, tridiagonal_matrices
+from torch_rmt.spectra.lanczos import dots, gauss_rule, lanczos
 from torch_rmt.spectra.probes import require_finite, require_symmetric, sphere
 from torch_rmt.spectra.spectrum import Spectrum
 
@@ -72,7 +72,8 @@ def _interval(operator: LinearOperator, generator: torch.Generator) -> tuple[flo
     dim = operator.shape[0]
     start = sphere(dim, 1, generator, device=operator.device, dtype=operator.dtype)
     run = lanczos(operator, start, min(_STEPS_FOR_THE_INTERVAL, dim), reorthogonalise="full")
-    values = np.linalg.eigvalsh(tridiagonal_matrices(run.diagonal, run.offdiagonal[:, :-1]))[0]
+    nodes, weights = gauss_rule(run)
+    values = nodes[weights > 0.0]
     margin = float(run.offdiagonal[0, -1]) + 1e-3 * float(values[-1] - values[0])
     margin = max(margin, 1e-6 * float(np.abs(values).max()), 1e-30)
     return float(values[0]) - margin, float(values[-1]) + margin, int(run.diagonal.shape[1])

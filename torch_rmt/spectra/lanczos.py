@@ -109,29 +109,21 @@ def gauss_rule(
     the last four coefficients in each, keeps that and puts many nodes where the spectrum is dense.
     """
     diagonal = continued(tridiagonal.diagonal, tail)
-    offdiagonal = continued(tridiagonal.offdiagonal, tail)
-    values, vectors = np.linalg.eigh(tridiagonal_matrices(diagonal, offdiagonal[:, :-1]))
+    offdiagonal = continued(tridiagonal.offdiagonal, tail)[:, :-1]
+    probes, rows = diagonal.shape
+    matrices = np.zeros((probes, rows, rows))
+    along = np.arange(rows)
+    matrices[:, along, along] = diagonal
+    matrices[:, along[1:], along[:-1]] = offdiagonal  # eigh reads the lower triangle alone
+    nodes, vectors = np.linalg.eigh(matrices)
     weights = vectors[:, 0, :] ** 2
-    return values, weights / weights.sum(axis=1, keepdims=True)
+    return nodes, weights / weights.sum(axis=1, keepdims=True)
 
 
 def continued(coefficients: Float[np.ndarray, "probes steps"], tail: int) -> Float[np.ndarray, "probes rows"]:
     """Rows of coefficients, each with `tail` more entries that are the mean of its last four."""
     last = coefficients[:, -4:].mean(axis=1, keepdims=True)
     return np.concatenate([coefficients, np.repeat(last, tail, axis=1)], axis=1)
-
-
-def tridiagonal_matrices(
-    diagonal: Float[np.ndarray, "probes steps"], offdiagonal: Float[np.ndarray, "probes gaps"]
-) -> Float[np.ndarray, "probes steps steps"]:
-    """Stack the symmetric tridiagonal matrices with these entries."""
-    probes, steps = diagonal.shape
-    matrices = np.zeros((probes, steps, steps))
-    along = np.arange(steps)
-    matrices[:, along, along] = diagonal
-    matrices[:, along[1:], along[:-1]] = offdiagonal
-    matrices[:, along[:-1], along[1:]] = offdiagonal
-    return matrices
 
 
 def dots(left: Float[Tensor, "dim probes"], right: Float[Tensor, "dim probes"]) -> Float[Tensor, " probes"]:

@@ -13,7 +13,7 @@ from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.exact import exact
 from torch_rmt.spectra.extremes import top_eigenvalues
 from torch_rmt.spectra.golub_kahan import golub_kahan, squared_gauss_rule
-from torch_rmt.spectra.gram import Complement, Gram
+from torch_rmt.spectra.gram import Complement
 from torch_rmt.spectra.lanczos import Reorthogonalise, gauss_rule, lanczos
 from torch_rmt.spectra.probes import require_size, sphere
 from torch_rmt.spectra.spectrum import Spectrum
@@ -106,8 +106,6 @@ reorthogonalise=None))
         nodes = np.concatenate([rule[0] for rule in rules])
         weights = np.concatenate([rule[1] for rule in rules])
         zeros = columns - dim
-        if not operator.symmetric:
-            nodes = np.maximum(nodes, 0.0)
         certain = np.concatenate([known, np.zeros(1 if zeros else 0)])
         masses = np.concatenate([np.ones(len(known)), np.full(1 if zeros else 0, float(zeros))]) / columns
         weights = np.concatenate([weights * (1.0 - masses.sum()), np.tile(masses, (self.probes, 1))], axis=1)
@@ -180,12 +178,10 @@ def _rule(
     """Quadrature of one block of probes, on the complement of `vectors` where there are any."""
     spanned = steps >= operator.shape[1] - (0 if vectors is None else vectors.shape[1])
     tail = 0 if spanned else max(2 * steps, _SHORTEST_TAIL)
-    if vectors is None and not operator.symmetric:
-        return squared_gauss_rule(
-            golub_kahan(operator, start, steps, reorthogonalise=how != "none"), tail=tail
-        )
-    target = operator if operator.symmetric else Gram(operator)
+    target = operator
     if vectors is not None:
-        target = Complement(target, vectors)
+        target = Complement(operator, vectors)
         start = target.project(start)
+    if not operator.symmetric:
+        return squared_gauss_rule(golub_kahan(target, start, steps, reorthogonalise=how != "none"), tail=tail)
     return gauss_rule(lanczos(target, start, steps, reorthogonalise=how), tail=tail)
