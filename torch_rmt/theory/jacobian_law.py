@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Complex, Float
 from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
+from torch_rmt.theory.activation import Array
 
 Points = Complex[np.ndarray, " points"]
 Reals = Float[np.ndarray, " points"]
+Values = Complex[np.ndarray, "..."]
 
 
+@runtime_checkable
 class Solver(Protocol):
     """What a solver of the master equation offers; t = log z in units of the law's scale.
 
@@ -21,11 +25,25 @@ class Solver(Protocol):
     """
 
     @property
-    def edges(self) -> tuple[tuple[float, float], ...]: ...
-    def solve(self, t: Reals) -> tuple[np.ndarray, Points]: ...
-    def solve_above(self, log_z: Points) -> tuple[np.ndarray, Points]: ...
-    def potential(self, log_z: Points, w: np.ndarray, u: Points) -> Points: ...
-    def knots(self) -> tuple[Reals, ...]: ...
+    def edges(self) -> tuple[tuple[float, float], ...]:
+        """(low, high) of t over each interval of the spectrum; -inf for a hard edge at zero."""
+        ...
+
+    def solve(self, t: Reals) -> tuple[np.ndarray, Points]:
+        """(w, M) at real t inside the spectrum, NaN outside."""
+        ...
+
+    def solve_above(self, log_z: Points) -> tuple[np.ndarray, Points]:
+        """(w, M) at log z with 0 < Im log z <= pi."""
+        ...
+
+    def potential(self, log_z: Points, w: np.ndarray, u: Points) -> Points:
+        """Integral of log(z - lambda)."""
+        ...
+
+    def knots(self) -> tuple[Reals, ...]:
+        """Ascending or descending t through each interval, dense enough to start a search from."""
+        ...
 
 
 class JacobianLaw(SpectralMeasure):
@@ -74,7 +92,7 @@ class JacobianLaw(SpectralMeasure):
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(np.where(x > 0, np.log(np.maximum(x, 1e-320)), -np.inf) - self.log_scale)
 
-    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def density(self, x: ArrayLike) -> Array:
         """Density of the continuous part; zero outside the support."""
         points = np.asarray(x, dtype=np.float64)
         flat = points.ravel()
@@ -84,13 +102,13 @@ class JacobianLaw(SpectralMeasure):
             result = np.where(np.isnan(u), 0.0, -u.imag / (np.pi * flat))
         return np.maximum(result, 0.0).reshape(points.shape)
 
-    def log_density(self, log_x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def log_density(self, log_x: ArrayLike) -> Array:
         """Density of log lambda at log lambda: what a picture over many decades shows."""
         points = np.asarray(log_x, dtype=np.float64)
         _, u = self.solver.solve(points.ravel() - self.log_scale)
         return np.maximum(np.where(np.isnan(u), 0.0, -u.imag / np.pi), 0.0).reshape(points.shape)
 
-    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def cdf(self, x: ArrayLike) -> Array:
         """Distribution function, atoms included, in closed form."""
         points = np.asarray(x, dtype=np.float64)
         flat = points.ravel()
@@ -103,31 +121,34 @@ class JacobianLaw(SpectralMeasure):
             inner = 1.0 - self.solver.potential(t + 0j, w, u).imag / np.pi
         result = np.zeros(t.shape)
         # Outside the continuous part F is a step function of the masses that lie to the left.
-        for (_, high), mass in zip(self.solver.edges, self._interval_masses(), strict=True):
+        for (_, high), mass in zip(self.solver.edges, self._interval_masses, strict=True):
             result += np.where(t >= high, mass, 0.0)
         for location, mass in self.log_atoms:
             result += np.where(t >= location, mass, 0.0)
         return np.clip(np.where(np.isnan(u), result, inner), 0.0, 1.0)
 
+    @cached_property
     def _interval_masses(self) -> tuple[float, ...]:
+        """Mass of each interval: the distribution function between its ends, atoms between intervals taken off."""
         edges = self.solver.edges
-        if len(edges) == 1:
-            return (1.0 - sum(mass for _, mass in self.log_atoms),)
-        masses, before = [], sum(mass for location, mass in self.log_atoms if location <= edges[0][0])
+        ends = []
         for index, (_, high) in enumerate(edges[:-1]):
-            # Just inside the upper end F differs from its value at the end by the 3/2 power of the gap.
-            knots = self.solver.knots()[index]
-            t = np.array([high - 1e-9 * (high - knots[-1])])
+            # Just inside the end F misses the 3/2 power of the gap: 1e-15 at a gap of 1e-10.
+            t = high - np.array([1e-10, 1e-8, 1e-6]) * max(1.0, abs(high - self.solver.knots()[index][0]))
             w, u = self.solver.solve(t)
-            value = float(1.0 - self.solver.potential(t + 0j, w, u).imag[0] / np.pi)
-            masses.append(value - before)
-            next_low = edges[index + 1][0]
-            before = value + sum(mass for location, mass in self.log_atoms if high <= location <= next_low)
+            values = 1.0 - self.solver.potential(t + 0j, w, u).imag / np.pi
+            values = values[np.isfinite(values)]
+            ends.append(float(values[0]) if values.size else float("nan"))
+        masses, before = [], sum(mass for location, mass in self.log_atoms if location <= edges[0][0])
+        for index, end in enumerate(ends):
+            masses.append(end - before)
+            gap = edges[index][1], edges[index + 1][0]
+            before = end + sum(mass for location, mass in self.log_atoms if gap[0] <= location <= gap[1])
         top = sum(mass for location, mass in self.log_atoms if location > edges[-1][0])
         masses.append(1.0 - before - top)
         return tuple(masses)
 
-    def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
+    def quantile(self, p: ArrayLike) -> Array:
         """Smallest x with F(x) >= p, by Newton on the closed form of F in log x."""
         levels = np.asarray(p, dtype=np.float64)
         if not np.all((levels >= 0) & (levels <= 1)):
@@ -136,7 +157,7 @@ class JacobianLaw(SpectralMeasure):
         with np.errstate(over="ignore"):
             return np.asarray(np.exp(t + self.log_scale))
 
-    def log_quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
+    def log_quantile(self, p: ArrayLike) -> Array:
         """Log of the quantile; -inf where the quantile is zero."""
         levels = np.asarray(p, dtype=np.float64)
         flat = levels.ravel()
@@ -158,7 +179,8 @@ class JacobianLaw(SpectralMeasure):
             if (np.abs(new - t) <= 1e-13 * np.maximum(1.0, np.abs(t))).all():
                 break
             t = new
-        below, result = 0.0, t
+        # Below the table lambda underflows.
+        below, result = 0.0, np.where(flat < values[0] - 1e-12, -np.inf, t)
         for location, mass in self.log_atoms:
             below = float(self._cdf_log(np.array([location]))[0]) if location > -np.inf else mass
             result = np.where((flat > below - mass - 1e-15) & (flat <= below + 1e-15), location, result)
@@ -179,7 +201,7 @@ class JacobianLaw(SpectralMeasure):
             self._quantile_table = (knots, np.maximum.accumulate(self._cdf_log(knots)))
         return self._quantile_table
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: ArrayLike) -> Values:
         """Stieltjes transform; at a real z the boundary value from above."""
         points = np.asarray(z, dtype=np.complex128)
         flat = points.ravel()
