@@ -136,6 +136,7 @@ def pre_activation_moments(architecture: Architecture) -> tuple[float, ...]:
         ValueError: a layer whose length map has no finite fixed point, when no input moment is given.
     """
     result: list[float] = []
+    known: dict[tuple[int, float, float], float] = {}
     signal = architecture.input_second_moment
     for layer in architecture.layers:
         if layer.q is not None:
@@ -143,7 +144,8 @@ def pre_activation_moments(architecture: Architecture) -> tuple[float, ...]:
         elif signal is not None:
             q = _gain(layer) * signal + layer.sigma_b**2
         else:
-            q = _fixed_point(layer)
+            key = id(layer.activation), layer.sigma_w, layer.sigma_b
+            q = known[key] = known[key] if key in known else _fixed_point(layer)
         result.append(float(q))
         if signal is not None or layer.q is not None:
             signal = q if layer.activation is None else second_moment(layer.activation, float(q))

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Complex, Float
 
-from torch_rmt.theory.slope_law import NodeLaw
+from torch_rmt.theory.slope_law import NodeLaw, x_log_x
 
 Points = Complex[np.ndarray, " points"]
 Reals = Float[np.ndarray, " points"]
@@ -87,7 +87,7 @@ class Chain:
         pull, mismatch = np.empty_like(v), np.empty_like(v)
         for k, kind in enumerate(self.kinds):
             w = np.exp(v[k])
-            value, slope = kind.law.transform(w)
+            value, _, slope = kind.law.transform(w)
             u = kind.scale * m
             t = t + kind.count * (v[k] + np.log(kind.scale) - np.log(1.0 + u))
             rate = rate - kind.count * u / (1.0 + u)
@@ -117,7 +117,7 @@ class Chain:
             for step in range(100):
                 w = np.exp(guess) * (1.0 if above else -1.0) + 0j
                 with np.errstate(all="ignore"):
-                    value, slope = kind.law.transform(w)
+                    value, _, slope = kind.law.transform(w)
                     gap = np.log(np.abs(value.real)) - target
                     move = gap / (w * slope / value).real
                 # |M_k| falls with |w|.
@@ -142,7 +142,7 @@ class Chain:
     @cached_property
     def _negative_table(self) -> tuple[Reals, Points, Inner]:
         """(t, y, v) on the negative axis of z, where all is real and monotone."""
-        grid = np.concatenate([np.linspace(-690, -40, 60), np.linspace(-38, 30, 160)])
+        grid = np.concatenate([np.linspace(-690, -40, 40), np.linspace(-38, 30, 100)])
         # M from -lowest to 0 by a logistic in the grid, both ends resolved.
         m = -self.lowest / (1.0 + np.exp(grid))
         v = self.inner(m, above=False) + 1j * np.pi
@@ -285,12 +285,12 @@ class Chain:
 
     def _top(self) -> float:
         """log of the highest point of the spectrum: the least log z over real M > 0."""
-        y = np.linspace(-60.0, 60.0, 1201)
-        for _ in range(6):
+        y = np.linspace(-60.0, 60.0, 121)
+        for _ in range(9):
             state = self.evaluate(y + 0j, self.inner(np.exp(y), above=True) + 0j)
             t = np.where(np.isfinite(state.t.real), state.t.real, np.inf)
             best = int(np.argmin(t))
-            y = np.linspace(y[max(best - 1, 0)], y[min(best + 1, len(y) - 1)], 41)
+            y = np.linspace(y[max(best - 1, 0)], y[min(best + 1, len(y) - 1)], 17)
         return float(t[best])
 
     def _edge(self, state: State, outer: float, inner: float) -> float:
@@ -417,16 +417,16 @@ class Chain:
     def potential(self, log_z: Points, w: Inner, u: Points) -> Points:
         """Integral of log(z - lambda): (1 + M) log z - I(M), I the integral of log z over M from 0."""
         m = u
-        total = (1.0 + m) * np.log(1.0 + m) - m * np.log(m)
+        total = x_log_x(1.0 + m) - x_log_x(m)
         for term in self.terms:
             if term.b == 0.0:
                 total = total + term.count * m * np.log(term.a)
                 continue
             inner = term.a + term.b * m
-            total = total + term.count * ((inner * np.log(inner) - term.a * np.log(term.a)) / term.b - m)
+            total = total + term.count * ((x_log_x(inner) - term.a * np.log(term.a)) / term.b - m)
         for k, kind in enumerate(self.kinds):
             x = kind.scale * m
-            piece = x * np.log(x) - (1.0 + x) * np.log(1.0 + x) + x * np.log(w[k]) - kind.law.mean_log(w[k])
+            piece = x_log_x(x) - x_log_x(1.0 + x) + x * np.log(w[k]) - kind.law.mean_log(w[k])
             total = total + kind.count * piece / kind.scale
         return np.asarray((1.0 + m) * log_z - total)
 

@@ -76,7 +76,17 @@ def _along(
     bends = np.array([c + side * plateau for c in turns for side in (-1, 1)])
     middles = np.array([(a + b) / 2 for a, b in zip(turns[:-1], turns[1:], strict=True)])
     # Towards a kink or an extremum s varies on ever smaller scales of w - s: geometric panels.
-    graded = np.array([c + side * plateau * 0.5**k for c in turns for side in (-1, 1) for k in range(1, 7)])
+    # At a zero of phi' the law of s has a density like s^(-1/2): grade until 1e-7 of the mass is left.
+    at_turns = _slope_square(activation, np.array(turns))
+    zero = at_turns < 1e-12 * float(_slope_square(activation, np.linspace(-reach, reach, 101)).max())
+    graded = np.array(
+        [
+            c + side * plateau * 0.25**k
+            for c, last in zip(turns, np.where(zero, 13, 4), strict=True)
+            for side in (-1, 1)
+            for k in range(1, last)
+        ]
+    )
     breaks = np.unique(np.concatenate([breaks, bends, middles, graded]))
     breaks = breaks[(np.abs(breaks) <= reach)]
     breaks = breaks[np.concatenate([[True], np.diff(breaks) > 1e-7 * deviation])]

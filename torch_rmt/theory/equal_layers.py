@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Complex, Float
 from scipy.optimize import brentq
 
-from torch_rmt.theory.slope_law import NodeLaw
+from torch_rmt.theory.slope_law import NodeLaw, x_log_x
 
 Points = Complex[np.ndarray, " points"]
 Reals = Float[np.ndarray, " points"]
@@ -38,20 +38,22 @@ class EqualLayers:
 
     def evaluate(self, w: Points) -> tuple[Points, Points, Points]:
         """(t, dt / d log w, u) at points of the closed upper half-plane."""
-        u, slope = self.law.transform(w)
+        return self._with_slope(w)[:3]
+
+    def _with_slope(self, w: Points) -> tuple[Points, Points, Points, Points]:
+        u, above, slope = self.law.transform(w)
         outer = 1.0 if self.gaussian else 1.0 - self.depth
-        log_w = np.log(w)
-        t = outer * np.log1p(1.0 / u) + self.depth * log_w
-        rate = -outer * slope * w / (u * (1.0 + u)) + self.depth
+        log_u = np.log(u)
+        t = outer * (np.log(above) - log_u) + self.depth * np.log(w)
+        rate = -outer * slope * w / (u * above) + self.depth
         if self.gaussian:
-            t = t + self.depth * np.log(u)
+            t = t + self.depth * log_u
             rate = rate + self.depth * slope * w / u
-        return t, rate, u
+        return t, rate, u, slope
 
     def on_axis(self, r: Reals) -> tuple[Reals, Reals]:
         """(Im t, dt / d log w) at w = r + i0 outside the support of s, where both are real functions."""
-        u, slope = self.law.transform(r + 0j)
-        u, slope = u.real, slope.real
+        u, _, slope = (part.real for part in self.law.transform(r + 0j))
         outer = 1.0 if self.gaussian else 1.0 - self.depth
         imag = outer * np.where((1.0 + u) / u < 0, np.pi, 0.0)
         rate = -outer * slope * r / (u * (1.0 + u)) + self.depth
@@ -134,14 +136,32 @@ class EqualLayers:
             )
             new = np.where(inside, new, middle)
             angle[active] = new
-            active = active[(np.abs(new - here) > 1e-15 * here) & (here > 1e-15)]
+            # Newton polishes what the table starts; here the branch is what counts.
+            active = active[(np.abs(new - here) > 1e-8 * here) & (here > 1e-14)]
             if not active.size:
                 break
         return angle
 
+    @property
+    def _direct(self) -> bool:
+        # One orthogonal layer: z = w, and the law is that of s itself.
+        return self.depth == 1 and not self.gaussian
+
+    def _at_itself(self, t: Reals) -> tuple[Points, Points]:
+        inside = np.zeros(t.shape, dtype=bool)
+        for low, high in self.edges:
+            inside |= (t > low) & (t < high)
+        w = np.where(inside, np.exp(np.minimum(t, 700.0)), np.nan) + 0j
+        u = np.full(t.shape, np.nan + 0j)
+        u[inside] = self.law.transform(w[inside])[0]
+        return w, u
+
     @cached_property
     def edges(self) -> tuple[tuple[float, float], ...]:
         """(log low, log high) of each interval of the spectrum; -inf for a hard edge at zero."""
+        if self._direct:
+            with np.errstate(divide="ignore"):
+                return tuple((float(np.log(low)), float(np.log(high))) for low, high in self.law.ranges)
         return tuple((self._edge(a), self._edge(b)) for a, b in self.arcs)
 
     def _edge(self, r: float) -> float:
@@ -165,27 +185,31 @@ class EqualLayers:
             log_r = top - self._span(top) * x**2
         angle = self.angle(np.exp(log_r))
         t = self.evaluate(np.exp(log_r + 1j * angle))[0].real
-        return x, t, log_r, angle
+        # Where the law has no mass left t is rounding: keep what falls, as t must along the arc.
+        falls = np.concatenate([[True], t[1:] < np.minimum.accumulate(t)[:-1]]) & np.isfinite(t)
+        return x[falls], t[falls], log_r[falls], angle[falls]
 
     def knots(self) -> tuple[Reals, ...]:
         """The t of each table, one for each interval of the spectrum."""
+        if self._direct:
+            x = (np.arange(_TABLE) + 0.5) / _TABLE
+            lows = [max(low, float(np.log(max(self.law.floor, 1e-12)))) for low, _ in self.edges]
+            return tuple(high + (low - high) * x**2 for low, (_, high) in zip(lows, self.edges, strict=True))
         return tuple(table[1] for table in self.tables)
 
     def _span(self, top: float) -> float:
         """How far below the top of log |w| the arc is worth following: until lambda underflows or the law ends."""
-        span = 2.0
-        seen = np.abs(self.law.nodes[(np.abs(self.law.weights) > 1e-17) & (self.law.nodes != 0)])
-        floor = float(seen.min())
-        while span < 700.0 and top - span > np.log(floor) - 40.0:
-            r = np.exp(np.array([top - span]))
-            w = r * np.exp(1j * self.angle(r))
-            if self.evaluate(w)[0].real[0] < _DEEPEST or (r[0] < floor and w.imag[0] < 1e-6 * r[0]):
-                break
-            span *= 1.3
-        return span
+        spans = 2.0 * 1.25 ** np.arange(27)
+        r = np.exp(top - spans)
+        angle = self.angle(r)
+        t = self.evaluate(r * np.exp(1j * angle))[0].real
+        enough = (t < _DEEPEST) | ((r < self.law.floor) & (angle < 0.3)) | (r < 1e-250)
+        return float(spans[np.argmax(enough)] if enough.any() else spans[-1])
 
     def solve(self, t: Reals) -> tuple[Points, Points]:
         """(w, u) at real t inside the spectrum; NaN outside it."""
+        if self._direct:
+            return self._at_itself(t)
         w = np.full(t.shape, np.nan + 0j)
         u = np.full(t.shape, np.nan + 0j)
         for (low, high), table in zip(self.edges, self.tables, strict=True):
@@ -233,21 +257,22 @@ class EqualLayers:
         u = np.zeros_like(log_w)
         error = np.full(t.shape, np.inf)
         active = np.arange(t.size)
-        scale = np.maximum(1.0, np.abs(t))
-        for _ in range(12):
+        for _ in range(14):
+            w = np.exp(log_w[active])
             with np.errstate(all="ignore"):
-                value, rate, u[active] = self.evaluate(np.exp(log_w[active]))
+                value, rate, here, slope = self._with_slope(w)
                 step = (value - t[active]) / rate
             step = np.where(np.isfinite(step), step, 0.0)
-            error[active] = np.abs(value - t[active]) / scale[active]
             size = np.abs(step)
+            error[active] = size
             imag = log_w[active].imag
             step *= np.minimum(1.0, 0.5 / np.maximum(size, 1e-300))
             new = log_w[active] - step
             new = new.real + 1j * np.clip(new.imag, imag / 4, np.pi - (np.pi - imag) / 4)
-            going = size > 3e-16 * np.maximum(1.0, np.abs(new))
-            log_w[active] = np.where(going, new, log_w[active])
-            active = active[going & (error[active] > 1e-15)]
+            # The last step is taken in u too: after it both are off by the square of its size.
+            u[active] = here + slope * w * (new - log_w[active])
+            log_w[active] = new
+            active = active[size > 1e-8 * np.minimum(1.0, imag)]
             if not active.size:
                 break
         return log_w, u, error
@@ -301,8 +326,8 @@ class EqualLayers:
 
     def potential(self, log_z: Points, w: Points, u: Points) -> Points:
         """Integral of log(z - lambda): (1 + u) log z - I(u), I the integral of log z over u from 0."""
-        both = (1.0 + u) * np.log(1.0 + u) - u * np.log(u)
+        both = x_log_x(1.0 + u) - x_log_x(u)
         per_layer = -both + u * np.log(w) - self.law.mean_log(w)
         if self.gaussian:
-            per_layer = per_layer + (1.0 + u) * np.log(1.0 + u) - u
+            per_layer = per_layer + x_log_x(1.0 + u) - u
         return np.asarray((1.0 + u) * log_z - both - self.depth * per_layer)

@@ -170,19 +170,21 @@ def collect(architecture: Architecture, moments: tuple[float, ...]) -> Factors:
     factors = Factors()
     first = architecture.layers[0].n_in
     laws: dict[tuple[int, float], NodeLaw] = {}
+    # One orthogonal layer has w = z, on the cut itself: twice the nodes.
+    order = 28 if len(architecture.layers) == 1 else 14
     for layer, q in zip(architecture.layers, moments, strict=True):
         factors.add_weights(layer, first)
         if layer.activation is not None:
-            factors.add_law(_shared(laws, layer.activation, q), first / layer.n_out)
+            factors.add_law(_shared(laws, layer.activation, q, order), first / layer.n_out)
     return factors
 
 
-def _shared(laws: dict[tuple[int, float], NodeLaw], activation: Activation, q: float) -> NodeLaw:
+def _shared(laws: dict[tuple[int, float], NodeLaw], activation: Activation, q: float, order: int) -> NodeLaw:
     """One law for all layers whose q agree to 1e-9: a deep network near its fixed point has few kinds."""
     for (known, at), law in laws.items():
         if known == id(activation) and abs(at - q) <= 1e-9 * q:
             return law
-    laws[id(activation), q] = slope_law(activation, q)
+    laws[id(activation), q] = slope_law(activation, q, order=order)
     return laws[id(activation), q]
 
 

@@ -131,19 +131,19 @@ class JacobianLaw(SpectralMeasure):
     def _interval_masses(self) -> tuple[float, ...]:
         """Mass of each interval: the distribution function between its ends, atoms between intervals taken off."""
         edges = self.solver.edges
-        ends = []
-        for index, (_, high) in enumerate(edges[:-1]):
-            # Just inside the end F misses the 3/2 power of the gap: 1e-15 at a gap of 1e-10.
-            t = high - np.array([1e-10, 1e-8, 1e-6]) * max(1.0, abs(high - self.solver.knots()[index][0]))
-            w, u = self.solver.solve(t)
-            values = 1.0 - self.solver.potential(t + 0j, w, u).imag / np.pi
-            values = values[np.isfinite(values)]
-            ends.append(float(values[0]) if values.size else float("nan"))
+        # In a gap Phi is analytic across the axis: its imaginary part there counts the mass above, exactly.
+        middles = np.array([(edges[i][1] + edges[i + 1][0]) / 2 for i in range(len(edges) - 1)]) + 1e-12j
+        ends: list[float] = []
+        if len(middles):
+            w, u = self.solver.solve_above(middles)
+            ends = [float(v) for v in 1.0 - self.solver.potential(middles, w, u).imag / np.pi]
         masses, before = [], sum(mass for location, mass in self.log_atoms if location <= edges[0][0])
         for index, end in enumerate(ends):
-            masses.append(end - before)
             gap = edges[index][1], edges[index + 1][0]
-            before = end + sum(mass for location, mass in self.log_atoms if gap[0] <= location <= gap[1])
+            lower = sum(m for location, m in self.log_atoms if gap[0] <= location < float(middles[index].real))
+            upper = sum(m for location, m in self.log_atoms if float(middles[index].real) < location <= gap[1])
+            masses.append(end - lower - before)
+            before = end + upper
         top = sum(mass for location, mass in self.log_atoms if location > edges[-1][0])
         masses.append(1.0 - before - top)
         return tuple(masses)

@@ -26,12 +26,14 @@ class NodeLaw:
             half-plane, so that E[s / (w - s)] keeps its accuracy as w comes down to the real axis.
         atoms: (s, mass) of the point masses, ascending.
         ranges: the intervals (low, high) that carry the continuous part.
+        floor: below this s the nodes do not resolve the continuous part, for want of mass.
     """
 
     nodes: Inexact[np.ndarray, " nodes"]
     weights: Inexact[np.ndarray, " nodes"]
     atoms: tuple[tuple[float, float], ...]
     ranges: tuple[tuple[float, float], ...]
+    floor: float = 0.0
 
     def moment(self, k: int) -> float:
         """E s^k."""
@@ -48,6 +50,7 @@ class NodeLaw:
             self.weights,
             tuple((s * factor, mass) for s, mass in self.atoms),
             tuple((low * factor, high * factor) for low, high in self.ranges),
+            self.floor * factor,
         )
 
     def holes(self) -> tuple[tuple[float, float], ...]:
@@ -60,8 +63,8 @@ class NodeLaw:
             end = max(end, high)
         return (*holes, (end, float("inf")))
 
-    def transform(self, w: Points) -> tuple[Points, Points]:
-        """M(w) = E[s / (w - s)] and its derivative, for Im w >= 0."""
+    def transform(self, w: Points) -> tuple[Points, Points, Points]:
+        """M(w) = E[s / (w - s)], 1 + M(w) without cancellation, and M'(w), for Im w >= 0."""
         mass = self.weights * self.nodes
         # 1 / (w - s) = (x - i y) / (x^2 + y^2) by parts: numpy's complex division is four times slower.
         x = np.subtract.outer(w.real, self.nodes.real)
@@ -71,17 +74,17 @@ class NodeLaw:
         np.reciprocal(square, out=square)
         x *= square
         y *= square
-        real, imag = np.ascontiguousarray(mass.real), np.ascontiguousarray(mass.imag)
-        both = np.stack([real, imag], axis=1)
-        by_x, by_y = x @ both, y @ both
+        table = np.stack([mass.real, mass.imag, self.weights.real, self.weights.imag], axis=1)
+        by_x, by_y = x @ table, y @ table
         value = (by_x[:, 0] + by_y[:, 1]) + 1j * (by_x[:, 1] - by_y[:, 0])
+        inverse = (by_x[:, 2] + by_y[:, 3]) + 1j * (by_x[:, 3] - by_y[:, 2])
         np.multiply(x, y, out=square)
         x *= x
         y *= y
         x -= y
-        by_x, by_y = x @ both, (-2.0 * square) @ both
+        by_x, by_y = x @ table[:, :2], (-2.0 * square) @ table[:, :2]
         slope = (by_x[:, 0] - by_y[:, 1]) + 1j * (by_x[:, 1] + by_y[:, 0])
-        return value, -slope
+        return value, w * inverse, -slope
 
     def mean_log(self, w: Points) -> Points:
         """E log(1 - s / w), Im w >= 0; the branch that vanishes at infinity."""
@@ -96,7 +99,12 @@ class NodeLaw:
         return np.asarray(logs - np.log(w))
 
 
-def slope_law(activation: Activation | None, q: float, *, order: int = 20) -> NodeLaw:
+def x_log_x(x: Points) -> Points:
+    """x log x, zero at zero."""
+    return np.asarray(x * np.log(np.where(x == 0, 1.0, x)))
+
+
+def slope_law(activation: Activation | None, q: float, *, order: int = 14) -> NodeLaw:
     """The law of phi'(h)^2 for h ~ N(0, q); a point mass at one for a layer without activation.
 
     Piecewise-linear functions give exact atoms. Others give quadrature nodes on a path in the complex h-plane that
@@ -142,7 +150,11 @@ def slope_law(activation: Activation | None, q: float, *, order: int = 20) -> No
     listed = tuple(sorted(atoms.items()))
     nodes = np.concatenate([np.array([a for a, _ in listed]), nodes[keep]])
     masses = np.concatenate([np.array([m for _, m in listed]), masses[keep]])
-    return NodeLaw(nodes, masses / masses.sum().real, listed, tuple(_merged(ranges)))
+    # The lowest 1e-9 of the mass, or the finest panel at a zero of phi'.
+    order_of = np.argsort(np.abs(nodes))
+    reached = np.cumsum(np.abs(masses[order_of])) > 1e-9
+    floor = float(np.abs(nodes[order_of][np.argmax(reached)])) if ranges and min(ranges)[0] == 0.0 else 0.0
+    return NodeLaw(nodes, masses / masses.sum().real, listed, tuple(_merged(ranges)), floor)
 
 
 def _ranges(
