@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.operators.ladder import EngineError
+from torch_rmt.operators.engines import EngineError
 from torch_rmt.operators.losses import checked_loss
 
 

@@ -113,9 +113,9 @@ def unsharded(sharded: nn.Module, skeleton: nn.Module) -> nn.Module:
             "before fully_shard"
         )
     frozen = {n: p.requires_grad for n, p in sharded.named_parameters()}
-    # Assigning name by name would break ties, so tied names share one tensor again.
+    # Assigning name by name would break ties (as `.to("meta")` did), so tied names share one tensor again.
     shared: dict[int, str] = {}
-    for name, p in skeleton.named_parameters(remove_duplicate=False):
+    for name, p in sharded.named_parameters(remove_duplicate=False):
         first = shared.setdefault(id(p), name)
         owner, _, leaf = name.rpartition(".")
         head, _, tail = first.rpartition(".")

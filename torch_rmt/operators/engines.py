@@ -19,6 +19,10 @@ from torch.func import grad, jvp, vjp, vmap
 Tensors = tuple[Tensor, ...]
 
 
+class EngineError(RuntimeError):
+    """The model cannot be differentiated reliably; the message says what was tried and what to do."""
+
+
 @dataclass(frozen=True)
 class Differentiable:
     """A function of tensors at a point, with the world it must run in.
@@ -234,7 +238,7 @@ def _consistent(fine: Tensors, coarse: Tensors) -> Tensors:
     size = torch.stack([a.norm() for a in fine]).norm()
     tolerance = 0.02 if fine[0].dtype == torch.float32 else 1e-3
     if gap > tolerance * size and size > 0:
-        raise FloatingPointError(
+        raise EngineError(
             f"central differences with two steps differ by {float(gap / size):.1%}: the model is not "
             "smooth here (ReLU, max-pooling); use float64, or operations with a second derivative"
         )

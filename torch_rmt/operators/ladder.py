@@ -16,7 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_rmt.operators.engines import Block, Differentiable, Products, Tensors, batched, stacked
+from torch_rmt.operators.engines import (
+    Block,
+    Differentiable,
+    EngineError,
+    Products,
+    Tensors,
+    batched,
+    stacked,
+)
 
 Engine = tuple[str, Callable[[Differentiable, Block], Products]]
 # Engines that run plain autograd: a checkpointed forward pass that runs again must see plain tensors, so no
@@ -29,10 +37,6 @@ _LOOPED = ("double backward", "central differences")
 # the choice changes the last bits.
 _LARGE = 50_000
 _BLOCKS: dict[str, Block] = {"vmap": batched, "loop": stacked}
-
-
-class EngineError(RuntimeError):
-    """No engine could differentiate the model; the message lists what each said."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,10 @@ def climb(
         try:
             products = engine(f, stacked)
             image = _flat(products.push(direction))
+            gap = _adjoint_gap(f, products, direction)
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except (RuntimeError, NotImplementedError, TypeError, FloatingPointError) as problem:
+        except (RuntimeError, NotImplementedError, TypeError) as problem:
             refusals.append(
                 f"{name}: {str(problem).strip().splitlines()[0] if str(problem) else type(problem).__name__}"
             )
@@ -81,19 +86,22 @@ def climb(
         if not torch.isfinite(image).all():
             refusals.append(f"{name}: the product is not finite")
             continue
-        if _adjoint_gap(f, products, direction) > _adjoint_tolerance(f, name):
+        if gap > _adjoint_tolerance(f, name):
             refusals.append(f"{name}: silently wrong here, the adjoint identity fails")
             continue
+        vetoed = False
         for other, first, reference in prepared:
             gap, allowed = _gap(reference, image), _tolerance(f, other, name)
-            if gap <= allowed:
+            vetoed = gap <= allowed and _vetoed(f, dict(engines), direction, image)
+            if gap <= allowed and not vetoed:
                 choice = Choice(other, "loop", f"agrees with {name} to {gap:.0e}")
                 return _with_blocks(f, dict(engines)[other], first, choice, direction, reference, module, key)
-            refusals.append(f"{other} and {name} differ by {gap:.1e}")
-        prepared.append((name, products, image))
+            reason = f"differ by {gap:.1e}" if gap > allowed else "share a custom backward that is wrong"
+            refusals.append(f"{other} and {name} {reason}")
+        prepared = [] if vetoed else [*prepared, (name, products, image)]
     if len(prepared) == 1:
         name, products, image = prepared[0]
-        choice = Choice(name, "loop", "no second engine runs; the adjoint identity holds")
+        choice = Choice(name, "loop", "no second engine to be trusted; the adjoint identity holds")
         return _with_blocks(f, dict(engines)[name], products, choice, direction, image, module, key)
     raise EngineError(
         f"{type(module).__name__} cannot be differentiated reliably: "
@@ -102,6 +110,43 @@ def climb(
         "operations with a second derivative (no EmbeddingBag, checkpointing with use_reentrant=False), or "
         "measure the part of the network that can (params=..., source=..., target=...)"
     )
+
+
+def _vetoed(
+    f: Differentiable,
+    engines: dict[str, Callable[[Differentiable, Block], Products]],
+    direction: Tensors,
+    image: Tensor,
+) -> bool:
+    """Whether central differences contradict engines that share a user's `autograd.Function`.
+
+    A backward that detaches what it should not loses a symmetric term, which no two reverse engines can
+    notice. On built-in operations differences have no say: across the kinks of a ReLU network they are wrong
+    themselves.
+    """
+    if not _has_custom_backward(f):
+        return False
+    try:
+        witness = _flat(engines["central differences"](f, stacked).push(direction))
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return _gap(image, witness) > _tolerance(f, "central differences", "")
+
+
+def _has_custom_backward(f: Differentiable) -> bool:
+    leaves = tuple(p.detach().clone().requires_grad_() for p in f.point)
+    with f.guard():
+        value = f.within(leaves, lambda: f.call(*leaves))
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def _with_blocks(

@@ -1,0 +1,151 @@
+"""SciPy both ways; plans that keep to their limits; the ladder's refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from scipy.sparse.linalg import aslinearoperator, eigsh, svds
+from torch import Tensor, nn
+
+from tests.operators.module_kinds import Calls
+from torch_rmt.operators import (
+    Combination,
+    Dense,
+    EngineError,
+    Hessian,
+    Jacobian,
+    Scaled,
+    cost,
+    dense,
+    from_curvlinops,
+    from_scipy,
+    plan,
+    to_scipy,
+)
+
+
+def _hessian(samples: int = 16) -> Hessian:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x = torch.randn(samples, 6, dtype=torch.float64)
+    return Hessian(net, F.cross_entropy, (x, torch.randint(0, 3, (samples,))))
+
+
+def test_scipy_finds_our_extremes() -> None:
+    H = _hessian()
+    values = torch.linalg.eigvalsh(dense(H))
+    np.testing.assert_allclose(eigsh(to_scipy(H), k=3, which="LA")[0], values[-3:].numpy(), rtol=1e-8)
+    torch.manual_seed(1)
+    J = Jacobian(nn.Sequential(nn.Linear(6, 8), nn.Tanh()).double(), torch.randn(1, 6, dtype=torch.float64))
+    singular = torch.linalg.svdvals(dense(J)).numpy()
+    np.testing.assert_allclose(np.sort(svds(to_scipy(J), k=2)[1])[::-1], singular[:2], rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scipy_operators_come_in_and_go_out_again(dtype: Any) -> None:
+    matrix = np.random.default_rng(0).standard_normal((5, 3)).astype(dtype)
+    A = from_scipy(aslinearoperator(matrix), symmetric=False)
+    assert (A.shape, A.symmetric) == ((5, 3), False)
+    np.testing.assert_allclose(dense(A).numpy(), matrix)
+    np.testing.assert_allclose(dense(A.adjoint()).numpy(), matrix.T)
+    np.testing.assert_allclose(to_scipy(A) @ np.eye(3, dtype=dtype), matrix)
+    np.testing.assert_allclose(to_scipy(A).T @ np.ones(5, dtype=dtype), matrix.T @ np.ones(5), rtol=1e-5)
+    square = from_scipy(matrix.T @ matrix, symmetric=True)
+    assert square.adjoint() is square
+    with pytest.raises(ValueError, match="cannot be symmetric"):
+        from_scipy(matrix, symmetric=True)
+    with pytest.raises(TypeError, match="use from_scipy"):
+        from_curvlinops(matrix)
+
+
+def test_arithmetic_refuses_what_does_not_fit() -> None:
+    a, b = Dense(torch.eye(2), symmetric=True), Dense(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="unequal shapes"):
+        Combination((a, b), (1.0, 1.0))
+    with pytest.raises(ValueError, match="length 3"):
+        Scaled(a, torch.ones(3))
+    with pytest.raises(ValueError, match="declared symmetric"):
+        Dense(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), symmetric=True)
+    mixed = Combination((b, b), (2.0, -1.0))
+    torch.testing.assert_close(dense(mixed.adjoint()), torch.ones(3, 2))
+
+
+def test_a_plan_keeps_to_its_limits_and_says_what_it_gave_up() -> None:
+    H = _hessian()
+    each = cost(H)
+    # forward 2 (6*8 + 8*3) a sample, backward the weights again and the hidden layer's input: 2 (72 + 24)
+    assert each.flops == 1.5 * 16 * 2 * (72 + 72 + 24)
+    free = plan(H, 40)
+    assert (free.products, free.notes) == (40, ())
+    tight = plan(H, 10**9, max_seconds=0.05, max_memory=each.bytes + 3 * 4 * H.shape[0] * 8)
+    assert tight.seconds <= 0.05
+    assert tight.block == 4
+    assert len(tight.notes) == 2
+    with pytest.raises(ValueError, match="recomputed"):
+        plan(H, 1, max_memory=1)
+    with pytest.raises(ValueError, match="use fewer samples"):
+        plan(H, 1, max_seconds=0.0)
+
+
+def test_kept_bytes_grow_with_the_batch() -> None:
+    assert cost(_hessian(64)).bytes == 4 * cost(_hessian(16)).bytes
+
+
+class WrongBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g * x.cos().detach()  # the second derivative is lost
+
+
+def test_a_wrong_second_derivative_is_not_trusted() -> None:
+    """Both reverse engines lose the same symmetric term; only central differences see it."""
+    torch.manual_seed(0)
+    net = Calls(lambda m, x: m.b(WrongBackward.apply(m.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double()
+    right = Calls(lambda m, x: m.b(torch.sin(m.a(x))), a=net.a, b=net.b)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    H = Hessian(net, F.mse_loss, (x, y))
+    reference = dense(Hessian(right, F.mse_loss, (x, y)))
+    if "central differences" in H.engine.split("(")[0]:
+        assert float((dense(H) - reference).norm()) < 1e-6 * float(reference.norm())
+    else:
+        pytest.fail(f"trusted {H.engine}")
+
+
+def test_a_rough_function_is_refused_with_the_remedy() -> None:
+    class Harsh(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(5, 4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((1e6 * self.bag(x)).relu().sqrt())
+
+    torch.manual_seed(0)
+    H = Hessian(
+        Harsh(), lambda o, t: (o - t).abs().pow(0.5).mean(), (torch.randint(0, 5, (3, 2)), torch.zeros(3, 2))
+    )
+    with pytest.raises(EngineError, match=r"differ.*second derivative"):
+        H.matmat(torch.ones(H.shape[0], 1))
+
+
+def test_the_choice_is_remembered_and_readable() -> None:
+    H = _hessian()
+    assert H.engine.startswith("vjp of grad (agrees with double backward to")
+    again = Hessian(H.pure.module, F.cross_entropy, (H.batches[0].inputs, H.batches[0].targets))
+    assert again.engine == H.engine

@@ -1,0 +1,97 @@
+"""Two gloo processes: data-parallel products and FSDP2 parameters equal one process on all data."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from torch_rmt.operators import AllReduced, Fisher, GaussNewton, GradientCovariance, Hessian, dense, unsharded
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.tanh(self.b(torch.tanh(self.a(x))))))
+
+
+def _setting() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Tied().double().eval(), torch.randn(7, 4).double(), torch.tensor([0, 1, 2, -100, 1, -100, 0])
+
+
+CASES: dict[str, tuple[Any, dict[str, str]]] = {
+    "hessian": (Hessian, {}),
+    "gauss_newton": (GaussNewton, {}),
+    "empirical": (Fisher, {"kind": "empirical"}),
+}
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model, x, y = _setting()
+    part = slice(0, 5) if rank == 0 else slice(5, 7)
+    results: dict[str, Tensor] = {}
+    for name, (cls, kwargs) in CASES.items():
+        operator = AllReduced(cls(model, F.cross_entropy, (x[part], y[part]), **kwargs))
+        results[name] = dense(operator)
+    torch.manual_seed(rank)  # vectors that differ between ranks: those of rank 0 count
+    V = torch.randn(operator.shape[0], 2, dtype=torch.float64)
+    results["rank 0 vectors"] = operator.matmat(V)
+    try:
+        AllReduced(GradientCovariance(model, F.cross_entropy, (x, y)))
+    except TypeError as refused:
+        results["refusal"] = torch.tensor(len(str(refused)))
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    skeleton = copy.deepcopy(model).to("meta")
+    sharded = copy.deepcopy(model)
+    sharded.a.bias.requires_grad_(False)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    whole = unsharded(sharded, skeleton)
+    assert whole.b.weight is whole.a.weight
+    assert not whole.a.bias.requires_grad
+    results["sharded"] = dense(Hessian(whole, F.cross_entropy, (x, y), "*"))
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo with a file store")
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    model, x, y = _setting()
+    for name, (cls, kwargs) in CASES.items():
+        expected = dense(cls(model, F.cross_entropy, (x, y), **kwargs))
+        torch.testing.assert_close(first[name], expected, rtol=1e-10, atol=1e-12)
+        assert torch.equal(first[name], second[name])
+    assert torch.equal(first["rank 0 vectors"], second["rank 0 vectors"])
+    assert int(first["refusal"]) > 0
+    expected = dense(Hessian(model, F.cross_entropy, (x, y), "*"))
+    torch.testing.assert_close(first["sharded"], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_one_process_is_told_so() -> None:
+    model, x, y = _setting()
+    with pytest.raises(RuntimeError, match="not initialised"):
+        AllReduced(Hessian(model, F.cross_entropy, (x, y)))
+
+
+def test_a_skeleton_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="before fully_shard"):
+        unsharded(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
