@@ -25,7 +25,7 @@ def wanted(values: np.ndarray, k: int, end: End) -> np.ndarray:
 @pytest.mark.parametrize("end", ["magnitude", "largest", "smallest", "both"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_right_eigenvalues(name: str, dtype: torch.dtype, end: End, seed: int) -> None:
-    """Values against the prescribed ones; every residual bounds the distance to an eigenvalue; unit vectors."""
+    """The prescribed values; every residual bounds the distance to an eigenvalue; vectors orthonormal."""
     values = MATRIX_SPECTRA[name]
     operator = symmetric_operator(name, seed, dtype)
     found = top_eigenvalues(operator, 4, generator(seed), tolerance=1e-3, end=end)
@@ -102,7 +102,7 @@ def test_failure_is_a_value_with_advice() -> None:
     found = top_eigenvalues(operator, 5, generator(0), tolerance=1e-10, max_matvecs=15)
     assert not found.converged
     assert "max_matvecs" in found.advice
-    assert found.matvecs <= 20
+    assert found.matvecs <= 15
     # What was returned is still bounded by its residuals.
     for value, residual in zip(found.values, found.residuals, strict=True):
         assert np.abs(MATRIX_SPECTRA["flat"] - value).min() <= residual

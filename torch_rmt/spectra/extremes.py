@@ -18,7 +18,7 @@ End = Literal["magnitude", "largest", "smallest", "both"]
 
 _BASIS = 64  # vectors kept at most, found by tuning: more cost more in orthogonalisation than they save
 _BASIS_BYTES = 2**31
-_PRODUCTS_BETWEEN_LOOKS = 8  # the device is read only this often
+_PRODUCTS_BETWEEN_LOOKS = 4  # the device is read only this often
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,23 @@ def top_eigenvalues(
         )
     room = max(2 * wanted + 2 * block, min(_BASIS, _BASIS_BYTES // (dim * operator.dtype.itemsize)))
     room = min(dim, room)
-    limit = (40 * room if max_matvecs is None else max_matvecs) // price
+    limit = (40 * room if max_matvecs is None else max_matvecs) // price - wanted  # the last for the check
     search = _Search(target, room, block, generator)
-    spent = wanted * price  # the final check
     while True:
-        advanced = search.expand(max(1, _PRODUCTS_BETWEEN_LOOKS // block))
+        affordable = (limit - search.products) // block
+        advanced = search.expand(max(1, min(_PRODUCTS_BETWEEN_LOOKS // block, affordable)))
         values, vectors, residuals = search.ritz_pairs()
         best = _best(values, min(wanted, len(values)), end)
         slack = search.slack(values[best], tolerance)
         done = len(best) == wanted and bool((residuals[best] <= slack).all())
+        done = done and search.explored(wanted)
         exhausted = search.products + search.block > limit or advanced == 0
         if done or exhausted or search.complete:
             break
         if search.full:
             keep = min(max(wanted + 2 * block, room // 2), room - 2 * block)
             search.restart(vectors[:, _best(values, keep, end)])
-    return _checked(target, search, vectors[:, best], tolerance, search.products * price + spent, end)
+    return _checked(target, search, vectors[:, best], tolerance, (search.products + wanted) * price, end)
 
 
 class _Search:
@@ -118,6 +119,7 @@ class _Search:
         self.projection = torch.zeros(room + block, room + block, device=device, dtype=torch.float64)
         self.coupling = torch.zeros(block, block, device=device, dtype=torch.float64)
         self.scale = torch.ones((), device=device, dtype=torch.float64)
+        self.closed_at = torch.full((), 2**40, device=device)
         # Noise just above rounding, turned a little at every step: where an invariant subspace is found it
         # alone remains, and the search goes on in a new random direction without asking the device.
         noise = 30.0 * torch.finfo(dtype).eps
@@ -156,16 +158,32 @@ class _Search:
         w = w - known.T @ coefficients
         w = w + self.noise.roll(self.products, dims=0)
         q, r = torch.linalg.qr(w)
-        # A second pass on the unit vectors: it mends columns that nearly vanished in the first.
-        again = known @ q
-        q, r_again = torch.linalg.qr(q - known.T @ again)
-        coefficients = coefficients.double() + (again @ r).double()
+        coefficients = coefficients.double()
+        # Once more on the unit vectors, to mend columns that nearly vanished; twice where the basis is to
+        # span the whole space, since next to nothing is left of the last ones.
+        for _ in range(1 if self.room < self.operator.shape[1] else 2):
+            again = known @ q
+            q, r_again = torch.linalg.qr(q - known.T @ again)
+            coefficients = coefficients + (again @ r).double()
+            r = r_again @ r
         self.projection[:last, first:last] = coefficients
         self.projection[first:last, :last] = coefficients.T
-        self.coupling = (r_again @ r).double()
+        self.coupling = r.double()
+        closed = self.coupling.diagonal().abs().min() < 60.0 * torch.finfo(w.dtype).eps
+        now = torch.full_like(self.closed_at, self.products)
+        self.closed_at = torch.where(closed, torch.minimum(self.closed_at, now), self.closed_at)
         self.products += self.block
         self.filled = last
         self.basis[last : last + self.block] = q.T
+
+    def explored(self, wanted: int) -> bool:
+        """Whether, if the basis ever closed under the operator, so many products were made since.
+
+        All residuals vanish then, whatever is missing: the copies of multiple eigenvalues, the null space of
+        a low-rank operator first among them. The next directions are random and bring them in.
+        """
+        since = self.products - int(self.closed_at) - 1
+        return since < 0 or since >= wanted
 
     def ritz_pairs(
         self,

@@ -24,7 +24,7 @@ _VECTOR_BYTES = 2**30  # the recurrence's own vectors of one block of probes sta
 _DEFLATION_TOLERANCE = 1e-2  # of residuals: an eigenvalue is then known to about its square
 _SHARE_FOR_DEFLATION = 0.35  # of a budget, found by tuning on Hessians, as are the next two
 _PRODUCTS_PER_OUTLIER = 5
-_BUDGET_FOR_DEFLATION = 100
+_BUDGET_FOR_DEFLATION = 200
 _STEPS_PER_ROOT = 2.2  # depth = this times the square root of the budget
 
 
@@ -129,7 +129,7 @@ def spectrum_within(operator: LinearOperator, generator: torch.Generator, *, mat
     """Spend at most about so many products on a spectrum, in the way that leaves the smallest error.
 
     Dense where the budget covers the dimension, since nothing is cheaper then; otherwise SLQ, with a third
-    of a budget from 100 products on spent on deflating outliers. A product with A^T A counts as two.
+    of a budget from 200 products on spent on deflating outliers. A product with A^T A counts as two.
 
     >>> from torch_rmt.spectra import DenseOperator
     >>> operator = DenseOperator(torch.diag(torch.arange(1.0, 31.0)), symmetric=True)
