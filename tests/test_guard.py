@@ -29,7 +29,8 @@ def _wreck(net: nn.Module) -> None:
     net.extra = torch.ones(1)
     net[0].register_forward_hook(lambda *_: None)
     net[3].weight.requires_grad_(False)
-    net[0].weight.grad.zero_()
+    with torch.enable_grad():
+        net(torch.randn(5, 3)).sum().backward()
     net[0].bias.grad = None
     net[1].running_mean.add_(1.0)
     net[1].num_batches_tracked = torch.tensor(99)
@@ -71,6 +72,7 @@ def test_everything_is_put_back(fails: bool) -> None:
         try:
             with guard:
                 assert torch.is_grad_enabled()
+                assert all(p.grad is None for p in net.parameters())
                 assert not torch.is_autocast_enabled("cpu")
                 with torch.no_grad():
                     _wreck(net)

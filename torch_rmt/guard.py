@@ -57,12 +57,12 @@ class _Values:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.version = None if tensor.is_inference() else tensor._version
         self.copy = tensor.detach().clone()
 
     def restore(self) -> None:
         """Write the values back if they were changed in place."""
-        if self.version is None or self.tensor._version != self.version:
+        # Batch normalisation writes its running statistics without raising the version.
+        if not torch.equal(self.tensor, self.copy):
             self.tensor.copy_(self.copy)
 
 
@@ -74,8 +74,8 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
     every submodule, `requires_grad` and `.grad` of every parameter, the random state of torch (CPU and
     every CUDA device), numpy and Python, grad mode and the cuDNN flags. Inside: gradients are enabled,
     inference mode and autocast are off, compiled modules run eagerly (`force_eager`), and attention runs
-    on the MATH kernel, the one that can be differentiated twice. Parameters are not copied: do not write
-    into them.
+    on the MATH kernel, the one that can be differentiated twice, and `.grad` of every parameter is None.
+    Parameters are not copied: do not write into them.
 
     Example:
         >>> import torch
@@ -92,13 +92,15 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
     snapshots = [_Snapshot(m) for m in submodules]
     gradients = [(p, p.requires_grad, p.grad) for p in parameters]
     with torch.no_grad():
-        values = [_Values(t) for t in (*buffers, *(g for _, _, g in gradients if g is not None))]
+        values = [_Values(b) for b in buffers]
     python_state, cpu_state = random.getstate(), torch.get_rng_state()
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what training code draws from
     cuda_states = _accelerator_states()
     cudnn = torch.backends.cudnn
     flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
     try:
+        for p in parameters:
+            p.grad = None  # out of reach, which costs no copy
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.inference_mode(False))
