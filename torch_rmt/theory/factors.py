@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from torch_rmt.measures import Discrete
+from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
 from torch_rmt.theory.architecture import Architecture, Layer
@@ -81,6 +81,10 @@ class Factors:
         before, after = first / layer.n_in, first / layer.n_out
         self.rank = min(self.rank, layer.n_out / first)
         self.plain &= layer.n_in == layer.n_out
+        if isinstance(layer.ensemble, PointMass) and layer.ensemble.location > 0:
+            # A multiple of the identity mixes nothing: a chain that starts at a pre-activation stays one of equals.
+            self.log_scale += float(np.log(layer.ensemble.location))
+            return
         if isinstance(layer.ensemble, SpectralMeasure):
             self.plain = False
             self.add_law(measured_law(layer.ensemble), before)
