@@ -8,7 +8,14 @@ from __future__ import annotations
 
 # --- measures: laws -------------------------------------------------------------------------------------------------
 
+# Laws in closed form, and convolutions as functions that make them.
+from tests.measures.table import CONVOLUTIONS as CONVOLUTIONS  # noqa: E402
+from tests.measures.table import LAWS as LAWS  # noqa: E402
+
 # --- theory: activations, predictions -------------------------------------------------------------------------------
+
+# Every law of a network, the network or matrix it is about, and the rate at which the two meet.
+from tests.theory.drawn_matrices import PREDICTIONS as PREDICTIONS  # noqa: E402
 
 # --- operators: module kinds ----------------------------------------------------------------------------------------
 

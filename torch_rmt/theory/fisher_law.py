@@ -60,12 +60,15 @@ class FisherLaw(SpectralMeasure):
         return 0.5 * (low + high) + 4.0 * self.zeta + float(np.hypot(0.5 * (high - low), 4.0 * self.zeta))
 
     def support(self) -> tuple[Interval, ...]:
-        """From the smaller diagonal entry up by 4 zeta at most, and from the larger up; joined where they meet."""
+        """From the smaller diagonal entry up by 4 zeta at most, and from the larger up; where they meet stays an end.
+
+        The density has an inverse square root at the larger entry, so that even where the two meet they are kept apart.
+        """
         if self.zeta == 0.0:
             return ()
         low, high = self._diagonal
-        first = low + 4.0 * self.zeta
-        return ((low, first), (high, self._top)) if first < high else ((low, self._top),)
+        bands = ((low, min(low + 4.0 * self.zeta, high)), (high, self._top))
+        return bands if high > low else bands[1:]
 
     def atoms(self) -> tuple[Atom, ...]:
         """Half the mass at the common diagonal entry where eta = eta' (linear: at zero); two atoms where zeta = 0."""
@@ -164,7 +167,9 @@ class FisherLaw(SpectralMeasure):
             ell, weight = self._rule(flat[away])
             t, _ = self._t(flat[away][:, None], ell)
             value[away] += 0.5 * np.clip((weight * _mass_below(t)).sum(axis=1), 0.0, 1.0)
-        return value.reshape(points.shape)
+        low, high = self.bounds()
+        value = np.where(flat >= high, 1.0, np.where(flat < low, 0.0, value))
+        return np.asarray(value.reshape(points.shape))
 
     def moment(self, k: int) -> float:
         """Moment of order k; the mean is (eta + eta')/2 exactly."""

@@ -87,7 +87,7 @@ class GramBiasLaw(NewtonLaw):
     def _largest(self) -> float:
         return float((self.noise + self.alpha * (1.0 + self.psi**-0.5) ** 2).max())
 
-    def _profiles(self, y: Unknowns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _profiles(self, y: Unknowns) -> tuple[np.ndarray, ...]:
         """E g, E alpha g, E g^2, E alpha g^2, E alpha^2 g^2."""
         w, tau = y
         g = 1.0 / (w - self.noise[:, None] - self.alpha[:, None] * tau)

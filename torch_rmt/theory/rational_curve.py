@@ -14,12 +14,12 @@ from abc import abstractmethod
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Inexact
 from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Interval, SpectralMeasure
 
-Polynomial = Float[np.ndarray, " terms"]
+Polynomial = Float[np.ndarray, "_"]
 
 
 def strip(polynomial: ArrayLike) -> Polynomial:
@@ -144,7 +144,7 @@ class RationalCurveLaw(SpectralMeasure):
         """Return the intervals of the continuous part; their ends are critical values of z(s)."""
         return self._support
 
-    def _roots(self, z: Complex[np.ndarray, " points"]) -> Complex[np.ndarray, "points degree"]:
+    def _roots(self, z: Inexact[np.ndarray, " points"]) -> Complex[np.ndarray, "points degree"]:
         """All parameters at which the curve passes z: eigenvalues of companion matrices."""
         top, bottom = self._curves[-1]
         degree = max(len(top), len(bottom)) - 1

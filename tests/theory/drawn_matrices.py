@@ -1,0 +1,231 @@
+"""The networks and matrices that the predictions are about, drawn by torch at a given size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from torch_rmt.theory import (
+    Prediction,
+    SphericalSpinGlass,
+    conjugate_kernel_spectrum,
+    fisher_spectrum,
+    gram_spectrum,
+    hessian_spectrum,
+    neural_tangent_spectrum,
+)
+
+TORCH_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "linear": lambda h: 1.0 * h,
+    "abs": torch.abs,
+}
+
+
+def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def spread(count: int) -> torch.Tensor:
+    """The quantiles of N(0, 1): biases without the noise of drawing them, which would hide the rate."""
+    p = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return torch.special.ndtri(p)
+
+
+@dataclass(frozen=True)
+class GramCase:
+    activation: str
+    shape: tuple[float, float, float]
+    sigma_w: float = 1.0
+    sigma_x: float = 1.0
+    sigma_b: float = 0.0
+
+    def sizes(self, n: int) -> dict[str, int]:
+        return {key: round(n * part) for key, part in zip(("n_in", "n_out", "n_samples"), self.shape, strict=True)}
+
+    def predict(self, n: int) -> Prediction:
+        return gram_spectrum(
+            self.activation, **self.sizes(n), sigma_w=self.sigma_w, sigma_x=self.sigma_x, sigma_b=self.sigma_b
+        )
+
+    def matrix(self, n: int, generator: torch.Generator, *, centred: bool = True) -> torch.Tensor:
+        """Y Y^T / m, each row less the mean that its bias gives it, or (not centred) as it is."""
+        size = self.sizes(n)
+        bias = self.sigma_b * spread(size["n_out"])[:, None]
+        h = self.sigma_w * normal(generator, size["n_out"], size["n_in"]) / size["n_in"] ** 0.5
+        h = h @ (self.sigma_x * normal(generator, size["n_in"], size["n_samples"]))
+        phi = TORCH_ACTIVATIONS[self.activation]
+        y = phi(h + bias)
+        if centred:
+            nodes, weights = np.polynomial.hermite_e.hermegauss(120)
+            g = torch.as_tensor(self.sigma_w * self.sigma_x * nodes)
+            y = y - (phi(g + bias) @ torch.as_tensor(weights / weights.sum()))[:, None]
+        return y @ y.T / y.shape[1]
+
+    def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
+        return torch.linalg.eigvalsh(self.matrix(n, generator)).numpy()
+
+
+def kernels(
+    activation: str, widths: tuple[int, ...], samples: int, sigma_w: float, generator: torch.Generator
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Conjugate kernels of all layers and the tangent kernel, for inputs drawn independently; activation odd."""
+    phi = TORCH_ACTIVATIONS[activation]
+    x = [normal(generator, widths[0], samples)]
+    weights, slopes = [], []
+    for n_in, n_out in zip(widths, widths[1:], strict=False):
+        w = sigma_w * normal(generator, n_out, n_in) / n_in**0.5
+        h = (w @ x[-1]).requires_grad_(True)
+        y = phi(h)
+        (slope,) = torch.autograd.grad(y.sum(), h)
+        weights.append(w)
+        slopes.append(slope)
+        x.append(y.detach())
+    # the last weights with their expected length: it would only scale part of the kernel
+    last = normal(generator, widths[-1])
+    delta = (sigma_w * last / last.norm())[:, None] * slopes[-1]
+    tangent = x[-1].T @ x[-1]
+    for k in range(len(weights) - 1, -1, -1):
+        tangent = tangent + (delta.T @ delta) * (x[k].T @ x[k])
+        if k > 0:
+            delta = (weights[k].T @ delta) * slopes[k - 1]
+    conjugate = [torch.linalg.eigvalsh(layer.T @ layer / layer.shape[0]).numpy() for layer in x]
+    return conjugate, torch.linalg.eigvalsh(tangent).numpy()
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    activation: str
+    shape: tuple[float, ...]
+    samples: float
+    sigma_w: float
+    tangent: bool = False
+
+    def widths(self, n: int) -> tuple[int, ...]:
+        return tuple(round(n * part) for part in self.shape)
+
+    def predict(self, n: int) -> Prediction:
+        settings = {"widths": self.widths(n), "n_samples": round(n * self.samples), "sigma_w": self.sigma_w}
+        if self.tangent:
+            return neural_tangent_spectrum(self.activation, **settings)
+        return conjugate_kernel_spectrum(self.activation, **settings)[-1]
+
+    def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
+        conjugate, tangent = kernels(
+            self.activation, self.widths(n), round(n * self.samples), self.sigma_w, generator
+        )
+        return tangent if self.tangent else conjugate[-1]
+
+
+@dataclass(frozen=True)
+class HessianCase:
+    phi: float
+    energy: float
+    residual: str
+
+    def predict(self, n: int) -> Prediction:
+        return hessian_spectrum(phi=self.phi, energy=self.energy, residual=self.residual)
+
+    def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
+        """Wishart H0 plus H1: one hidden unit's block of the sum over samples of error x input, or a Wigner matrix."""
+        dim, samples = 2 * n, round(2 * n / self.phi)
+        jacobian = normal(generator, dim, samples)
+        hessian = jacobian @ jacobian.T / samples
+        if self.residual == "wigner":
+            noise = normal(generator, dim, dim)
+            hessian = hessian + (noise + noise.T) * (self.energy / dim) ** 0.5
+        else:
+            # phi = 2 n / m; a ReLU unit is active on half of the m samples
+            error = (2.0 * self.energy) ** 0.5 * normal(generator, n, samples // 2)
+            block = error @ normal(generator, n, samples // 2).T / samples
+            hessian[:n, n:] += block
+            hessian[n:, :n] += block.T
+        return torch.linalg.eigvalsh(hessian).numpy()
+
+
+@dataclass(frozen=True)
+class FisherCase:
+    activation: str
+
+    def predict(self, n: int) -> Prediction:
+        return fisher_spectrum(self.activation)
+
+    def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
+        """The whole (2 n^2, 2 n^2) matrix, mean over 40 n^2 inputs, the activation centred."""
+        samples = 40 * n * n
+        first, second = normal(generator, n, n) / n**0.5, normal(generator, n, n) / n**0.5
+        x = normal(generator, samples, n)
+        h = (x @ first.T).requires_grad_(True)
+        y = TORCH_ACTIVATIONS[self.activation](h)
+        (slope,) = torch.autograd.grad(y.sum(), h)
+        y = y.detach() - y.detach().mean()
+        outer = (slope[:, :, None] * x[:, None, :]).reshape(samples, n * n)
+        weights = (second.T @ second)[:, None, :, None]
+        hidden = ((outer.T @ outer / samples).reshape(n, n, n, n) * weights).reshape(n * n, n * n)
+        output = torch.kron(torch.eye(n, dtype=torch.float64), y.T @ y / samples)
+        cross = torch.einsum("oi,iaj->iaoj", second, (outer.T @ y / samples).reshape(n, n, n)).reshape(n * n, n * n)
+        fisher = torch.cat([torch.cat([hidden, cross], 1), torch.cat([cross.T, output], 1)], 0)
+        return torch.linalg.eigvalsh(fisher).numpy()
+
+
+@dataclass(frozen=True)
+class SpinGlassCase:
+    """The Riemannian Hessian of a cubic form at a random point of the sphere."""
+
+    def predict(self, n: int) -> Prediction:
+        glass = SphericalSpinGlass(3)
+        return Prediction(measure=glass.hessian_law(0.0), reference="Auffinger, Ben Arous and Cerny 2013, Lemma 3.2")
+
+    def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
+        coupling = normal(generator, n, n, n) / n
+        x = normal(generator, n)
+        x = x / x.norm() * n**0.5
+        cubic = sum(coupling.permute(*order) for order in ((0, 1, 2), (1, 0, 2), (2, 0, 1)))
+        hessian = torch.einsum("aij,a->ij", cubic, x)
+        hessian = hessian + hessian.T
+        # the second fundamental form subtracts p H / N; adding it back centres the law at the energy of this point
+        basis = torch.linalg.svd(x[None, :])[2][1:].T
+        return torch.linalg.eigvalsh(basis.T @ hessian @ basis).numpy()
+
+
+@dataclass(frozen=True)
+class PredictionRow:
+    """A prediction, the thing itself, three sizes, seeds a size, and the exponent at which W1 falls with the size."""
+
+    case: GramCase | KernelCase | HessianCase | FisherCase | SpinGlassCase
+    sizes: tuple[int, int, int] = (40, 80, 160)
+    seeds: int = 4
+    rate: float = 1.0
+    #: W1, in units of the law's root mean square, times size^rate stays below this; measured, and half as much again
+    constant: float = 1.0
+    #: whether the law depends on the ratios of the sizes alone
+    same_law: bool = True
+
+
+PREDICTIONS: dict[str, PredictionRow] = {
+    "gram tanh": PredictionRow(GramCase("tanh", (1.5, 1.0, 2.0), sigma_w=1.5), constant=2.5),
+    "gram relu wide": PredictionRow(GramCase("relu", (1.0, 2.0, 0.8), sigma_x=1.3), constant=2.5),
+    "gram gelu two bands": PredictionRow(GramCase("gelu", (0.25, 1.0, 4.0)), sizes=(120, 240, 480), constant=8.0),
+    "gram linear": PredictionRow(GramCase("linear", (1.0, 1.5, 2.0)), constant=2.5),
+    "gram even": PredictionRow(GramCase("abs", (1.0, 1.0, 1.5)), constant=5.0),
+    "gram tanh with bias": PredictionRow(
+        GramCase("tanh", (1.5, 1.0, 2.0), sigma_w=1.5, sigma_b=1.0), constant=2.5
+    ),
+    "gram relu with bias": PredictionRow(GramCase("relu", (1.0, 1.5, 1.0), sigma_b=0.7), constant=2.7),
+    "conjugate kernel, 1 layer": PredictionRow(KernelCase("tanh", (2.0, 1.5), 1.0, 1.5), constant=2.6),
+    "conjugate kernel, 3 layers": PredictionRow(KernelCase("tanh", (2.0, 3.0, 1.5, 2.5), 1.0, 1.5), constant=2.6),
+    "conjugate kernel, deficient": PredictionRow(KernelCase("tanh", (1.0, 2.0, 0.5), 1.0, 1.2), constant=3.5),
+    "tangent kernel": PredictionRow(KernelCase("tanh", (2.0, 2.5, 3.0), 1.0, 1.3, tangent=True), constant=3.8, same_law=False),
+    "hessian relu": PredictionRow(HessianCase(0.5, 0.4, "relu"), constant=1.2),
+    "hessian relu, few data": PredictionRow(HessianCase(2.5, 0.2, "relu"), constant=1.9),
+    "hessian wigner": PredictionRow(HessianCase(0.5, 0.4, "wigner"), constant=1.7),
+    "fisher tanh": PredictionRow(FisherCase("tanh"), sizes=(6, 10, 16), constant=1.2),
+    "fisher relu": PredictionRow(FisherCase("relu"), sizes=(6, 10, 16), constant=1.9),
+    "fisher linear": PredictionRow(FisherCase("linear"), sizes=(6, 10, 18), constant=1.0),
+    "spin glass": PredictionRow(SpinGlassCase(), sizes=(24, 48, 96), constant=5.0),
+}
