@@ -18,6 +18,7 @@ End = Literal["magnitude", "largest", "smallest", "both"]
 
 _BASIS = 64  # vectors kept at most, found by tuning: more cost more in orthogonalisation than they save
 _BASIS_BYTES = 2**31
+_ENTRIES_FOR_THREE_PASSES = 2**20  # of a basis so small that orthogonalising thrice costs nothing
 _PRODUCTS_BETWEEN_LOOKS = 4  # the device is read only this often
 
 
@@ -125,6 +126,8 @@ class _Search:
         noise = 30.0 * torch.finfo(dtype).eps
         self.noise = sphere(dim, block, generator, device=device, dtype=dtype) * noise
         self.basis[:block] = torch.linalg.qr(sphere(dim, block, generator, device=device, dtype=dtype)).Q.T
+        self.thorough = room * dim <= _ENTRIES_FOR_THREE_PASSES
+        self.restarted = False
         self.filled = 0
         self.products = 0
 
@@ -153,19 +156,23 @@ class _Search:
             length = column_norms(w).max()
             self.scale = torch.where(length > 0, length, torch.ones_like(length))
         w = w / self.scale.to(w.dtype)
+        # What A does couples the newest block to itself and to the one before only. That much is taken out
+        # first; the pass over the whole basis then meets next to nothing, and is as good as a second pass.
+        near = self.basis[max(0, first - self.block) : last]
+        coupled = near @ w
+        w = w - near.T @ coupled + self.noise.roll(self.products, dims=0)
         known = self.basis[:last]
         coefficients = known @ w
-        w = w - known.T @ coefficients
-        w = w + self.noise.roll(self.products, dims=0)
-        q, r = torch.linalg.qr(w)
+        q, r = torch.linalg.qr(w - known.T @ coefficients)
+        coefficients[last - len(near) :] += coupled
         coefficients = coefficients.double()
-        # Once more on the unit vectors, to mend columns that nearly vanished; twice where the basis is to
-        # span the whole space, since next to nothing is left of the last ones.
-        for _ in range(1 if self.room < self.operator.shape[1] else 2):
+        # Just after a restart it couples to all vectors kept; in a small space next to nothing may be left.
+        for _ in range(2 if self.thorough else self.restarted):
             again = known @ q
             q, r_again = torch.linalg.qr(q - known.T @ again)
             coefficients = coefficients + (again @ r).double()
             r = r_again @ r
+        self.restarted = False
         self.projection[:last, first:last] = coefficients
         self.projection[first:last, :last] = coefficients.T
         self.coupling = r.double()
@@ -212,6 +219,7 @@ class _Search:
         diagonal = coordinates.T @ self.projection[: self.filled, : self.filled].cpu().numpy() @ coordinates
         self.basis[:kept] = turn @ self.basis[: self.filled]
         self.basis[kept : kept + self.block] = following
+        self.restarted = True
         self.projection.zero_()
         self.projection[:kept, :kept] = torch.from_numpy(diagonal).to(self.projection)
         self.filled = kept

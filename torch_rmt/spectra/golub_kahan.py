@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.spectra.lanczos import continued, orthogonal_to, unit
-from torch_rmt.spectra.probes import require_finite, require_size
+from torch_rmt.spectra.lanczos import continued, extreme, orthogonal_to, unit
+from torch_rmt.spectra.probes import column_norms, require_finite, require_size
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,21 @@ def golub_kahan(
     u = torch.zeros(rows, probes, device=device, dtype=dtype)
     beta = torch.zeros_like(lengths)
     scale = torch.zeros_like(lengths)
-    alphas, betas = [], []
+    alphas, betas, wide = [], [], True
     for step in range(steps):
-        w = operator.matmat(v).detach() - u * beta.to(dtype)
+        w = torch.addcmul(operator.matmat(v).detach(), u, beta.to(dtype), value=-1.0)
+        if step == 0:
+            wide = extreme(column_norms(w))
         if left is not None:
             w = orthogonal_to(left[:, :step], w)
-        u, alpha = unit(w, floor * scale)
+        u, alpha = unit(w, floor * scale, wide=wide)
         if right is not None and left is not None:
             right[:, step], left[:, step] = v.T, u.T
         scale = torch.maximum(scale, alpha + beta)
-        w = adjoint.matmat(u).detach() - v * alpha.to(dtype)
+        w = torch.addcmul(adjoint.matmat(u).detach(), v, alpha.to(dtype), value=-1.0)
         if right is not None:
             w = orthogonal_to(right[:, : step + 1], w)
-        v, beta = unit(w, floor * scale)
+        v, beta = unit(w, floor * scale, wide=wide)
         alphas.append(alpha)
         betas.append(beta)
     table = torch.stack([torch.stack(alphas), torch.stack(betas)]).transpose(1, 2)

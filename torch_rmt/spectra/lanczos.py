@@ -16,6 +16,8 @@ from torch_rmt.spectra.probes import column_norms, require_finite, require_symme
 
 Reorthogonalise = Literal["none", "selective", "full"]
 
+_COLUMNS_FOR_GEMM = 16  # found by tuning: beyond, the products of unlike columns cost more than they save
+
 
 @dataclass(frozen=True)
 class Tridiagonal:
@@ -52,8 +54,8 @@ def lanczos(
     only when the coefficients foretell that orthogonality is being lost (see `OrthogonalityForecast`) and is
     as free of ghosts for a fraction of the work. With "none" the Gauss rule is as good for a density
     (Greenbaum 1989) but Ritz values come back in several copies.
-    The scalars are kept in float64. Nothing is read from the device until the last step is done, except by
-    "selective", which decides at every step and is therefore meant for the CPU.
+    The scalars are kept in float64. After the first step nothing is read from the device until the last,
+    except by "selective", which decides at every step and is therefore meant for the CPU.
 
     Raises ValueError for an operator that is not symmetric, a zero start vector or non-finite products.
     """
@@ -70,25 +72,27 @@ def lanczos(
     beta = torch.zeros_like(lengths)
     scale = torch.zeros_like(lengths)
     forecast = OrthogonalityForecast(probes, steps, dim, eps) if reorthogonalise == "selective" else None
+    wide = True
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     for step in range(steps):
         if basis is not None:
             basis[:, step] = q.T
-        w = operator.matmat(q).detach()
-        w = w - previous * beta.to(w.dtype)
+        w = torch.addcmul(operator.matmat(q).detach(), previous, beta.to(q.dtype), value=-1.0)
+        if step == 0:
+            wide = extreme(column_norms(w))
         alpha = dots(q, w)
-        w = w - q * alpha.to(w.dtype)
+        w = w.addcmul_(q, alpha.to(w.dtype), value=-1.0)
         if basis is not None and forecast is None:
             w = orthogonal_to(basis[:, : step + 1], w)
         scale = torch.maximum(scale, alpha.abs() + beta)
         if basis is not None and forecast is not None:
-            latest = torch.stack([alpha, unit(w, 10.0 * eps * scale)[1]])
+            latest = torch.stack([alpha, unit(w, 10.0 * eps * scale, wide=wide)[1]])
             require_finite(latest, operator)
             if forecast.must_reorthogonalise(*latest.cpu().numpy()):
                 w = orthogonal_to(basis[:, : step + 1], w)
         previous = q
-        q, beta = unit(w, 10.0 * eps * scale)
+        q, beta = unit(w, 10.0 * eps * scale, wide=wide)
         alphas.append(alpha)
         betas.append(beta)
     table = torch.stack([torch.stack(alphas), torch.stack(betas)]).transpose(1, 2)
@@ -127,19 +131,30 @@ def continued(coefficients: Float[np.ndarray, "probes steps"], tail: int) -> Flo
 
 
 def dots(left: Float[Tensor, "dim probes"], right: Float[Tensor, "dim probes"]) -> Float[Tensor, " probes"]:
-    """Inner product of each pair of columns, accumulated in float64."""
+    """Inner product of each pair of columns."""
+    if left.shape[1] <= _COLUMNS_FOR_GEMM:  # one pass over memory, where an elementwise product takes three
+        return (left.T @ right).diagonal().double()
     return (left * right).sum(dim=0, dtype=torch.float64)
 
 
 def unit(
-    vectors: Float[Tensor, "dim probes"], floor: Float[Tensor, " probes"]
+    vectors: Float[Tensor, "dim probes"], floor: Float[Tensor, " probes"], *, wide: bool = True
 ) -> tuple[Float[Tensor, "dim probes"], Float[Tensor, " probes"]]:
-    """Columns divided by their lengths; a column not longer than its floor becomes zero, its length too."""
-    lengths = column_norms(vectors)
+    """Columns divided by their lengths; a column not longer than its floor becomes zero, its length too.
+
+    `wide` accumulates the lengths in float64, for vectors so short or long that their squares would not do.
+    """
+    lengths = column_norms(vectors) if wide else torch.linalg.vector_norm(vectors, dim=0).double()
     alive = ~(lengths <= floor)  # NaN counts as alive, so that it is seen at the end
     lengths = torch.where(alive, lengths, 0.0)
-    safe = torch.where(alive, lengths, 1.0).to(vectors.dtype)
-    return torch.where(alive, vectors / safe, 0.0), lengths
+    factor = torch.where(alive, 1.0 / torch.where(alive, lengths, 1.0), 0.0)
+    return vectors * factor.to(vectors.dtype), lengths
+
+
+def extreme(scale: Float[Tensor, " probes"]) -> bool:
+    """Whether products are so short or long that their lengths need float64; one look at the device."""
+    low, high = torch.stack([scale.min(), scale.max()]).tolist()
+    return not 1e-12 < low <= high < 1e12
 
 
 def orthogonal_to(

@@ -22,9 +22,9 @@ _CHEAP_BASIS_BYTES = 2**24  # below this, full reorthogonalisation costs less th
 _SHORTEST_TAIL = 128  # rows; found by tuning: more only cost memory
 _VECTOR_BYTES = 2**30  # the recurrence's own vectors of one block of probes stay below this
 _DEFLATION_TOLERANCE = 1e-2  # of residuals: an eigenvalue is then known to about its square
-_SHARE_FOR_DEFLATION = 0.35  # of a budget, found by tuning on Hessians, as are the next two
+_SHARE_FOR_DEFLATION = 0.25  # of a budget, found by tuning on Hessians, as are the next two
 _PRODUCTS_PER_OUTLIER = 5
-_BUDGET_FOR_DEFLATION = 200
+_BUDGET_FOR_DEFLATION = 100
 _STEPS_PER_ROOT = 2.2  # depth = this times the square root of the budget
 
 
@@ -128,8 +128,8 @@ reorthogonalise=None))
 def spectrum_within(operator: LinearOperator, generator: torch.Generator, *, matvecs: int) -> Spectrum:
     """Spend at most about so many products on a spectrum, in the way that leaves the smallest error.
 
-    Dense where the budget covers the dimension, since nothing is cheaper then; otherwise SLQ, with a third
-    of a budget from 200 products on spent on deflating outliers. A product with A^T A counts as two.
+    Dense where the budget covers the dimension, since nothing is cheaper then; otherwise SLQ, with a quarter
+    of a budget from 100 products on spent on deflating outliers. A product with A^T A counts as two.
 
     >>> from torch_rmt.spectra import DenseOperator
     >>> operator = DenseOperator(torch.diag(torch.arange(1.0, 31.0)), symmetric=True)
