@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import nn
 
 from torch_rmt.callbacks.batches import BatchFunction, LossFunction, find_loss, find_model, split_pair
 from torch_rmt.callbacks.blame import failing_module, first_not_finite
-from torch_rmt.callbacks.budget import Budget
+from torch_rmt.callbacks.budget import Budget, gradient_seconds
 from torch_rmt.callbacks.lightning_base import LightningCallback, defines_forward, logged_step
 from torch_rmt.callbacks.loggers import log_report
 from torch_rmt.callbacks.schedule import Schedule, logarithmic_then_regular
@@ -28,7 +29,7 @@ class Point:
     """What there is to measure at one step of training.
 
     Fields:
-        model: the network, on its device, in the mode it trains in.
+        model: the network, on its device, in eval mode.
         inputs, targets: of the batch that is about to be trained on.
         loss: `loss(output, target) -> scalar`; None where it is not known.
     """
@@ -39,7 +40,17 @@ class Point:
     loss: LossFunction | None
 
 
-Measurement = Callable[[Point], Sequence[Report]]
+@dataclass(frozen=True)
+class Measurement:
+    """A function from a point of training to reports, and what it costs.
+
+    Fields:
+        take: the function.
+        gradients: how many gradients of the loss take as long, roughly: the forecast before the first one.
+    """
+
+    take: Callable[[Point], Sequence[Report]]
+    gradients: float
 
 
 class SpectralCallback(LightningCallback):
@@ -50,12 +61,16 @@ class SpectralCallback(LightningCallback):
     is made when training ends. All processes measure (a model's forward pass may hold collectives), the
     first logs.
 
+    The network is measured in eval mode, dropout off and BatchNorm with its running statistics: a Jacobian
+    is of one sample, which has no batch statistics.
+
     A measurement that fails warns once, names the layer and a remedy, and training goes on.
 
     Args:
         schedule: `step -> bool`, step = optimiser steps done.
-        max_seconds: what measuring may take in all.
-        max_fraction: the share of the run's time that it may take beyond that, where that is more.
+        max_seconds: what measuring may take in all. Points are skipped when it runs out, dear measurements
+            first; enough is kept for the end.
+        max_fraction: the share of the run's time that it may take, where that is more.
         batch: takes a batch, returns `(inputs, targets)`; the default takes batches that are such pairs.
         loss: takes `(output, target)`, returns a scalar; the default is the module's attribute `loss_fn`,
             `criterion`, `loss_func`, `loss_function` or `loss`.
@@ -71,7 +86,7 @@ class SpectralCallback(LightningCallback):
         self,
         *,
         schedule: Schedule = logarithmic_then_regular,
-        max_seconds: float = 60.0,
+        max_seconds: float = 30.0,
         max_fraction: float = 0.05,
         batch: BatchFunction = split_pair,
         loss: LossFunction | None = None,
@@ -129,7 +144,7 @@ class SpectralCallback(LightningCallback):
         """Measure the end of training on the last batch."""
         step = logged_step(trainer)
         if step != self._last_step and self._last_batch is not None:
-            self._measure(trainer, pl_module, self._last_batch, step)
+            self._measure(trainer, pl_module, self._last_batch, step, last=True)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the last batch."""
@@ -159,29 +174,35 @@ class SpectralCallback(LightningCallback):
     def _loss(self, module: nn.Module) -> LossFunction | None:
         return find_loss(module) if self.loss is None else self.loss
 
-    def _measure(self, trainer: Any, module: nn.Module, batch: Any, step: int) -> None:
+    def _measure(self, trainer: Any, module: nn.Module, batch: Any, step: int, *, last: bool = False) -> None:
         self._last_step = step
         model, loss = self._model(module), self._loss(module)
-        for name, measurement in self.measurements(loss is not None).items():
-            if not self._afford(trainer, name):
-                continue
-            before = self.budget.spent
-            with self.budget.charged(), undisturbed(module), _without_logging(module):
-                inputs: Any = None
-                try:
-                    inputs, targets = self.batch(batch)
-                    reports = measurement(Point(model, inputs, targets, loss))
-                except Exception as error:
-                    self._warn_failure(trainer, name, error, model, inputs)
-                else:
+        with undisturbed(module), _without_logging(module):
+            module.eval()
+            try:
+                point = Point(model, *self.batch(batch), loss)
+            except Exception as error:
+                self._warn(trainer, "batch", f"measures nothing. {_said(error)}")
+                return
+            for name, measurement in self.measurements(loss is not None).items():
+                before = self.budget.spent
+                with self.budget.charged():
+                    if not self._affords(trainer, name, measurement, point, last=last):
+                        continue
+                    reports = self._take(trainer, name, measurement, point)
                     self.latest |= {report.name: report for report in reports}
                     self.first = self.latest | self.first
                     if trainer.is_global_zero:
                         self._log(trainer, reports, step)
-            self._costs[name] = self.budget.spent - before
+                self._costs[name] = self.budget.spent - before
 
-    def _afford(self, trainer: Any, name: str) -> bool:
-        allowed = self.budget.affords(self._costs.get(name, 1e-3))
+    def _affords(
+        self, trainer: Any, name: str, measurement: Measurement, point: Point, *, last: bool
+    ) -> bool:
+        cost = self._costs.get(name)
+        if cost is None:
+            cost = measurement.gradients * gradient_seconds(point)
+        allowed = self.budget.affords(cost, reserve=None if last else math.fsum(self._costs.values()))
         if trainer.world_size > 1:
             # Processes that disagree would wait for each other inside the model's collectives.
             allowed = bool(trainer.strategy.broadcast(allowed))
@@ -189,11 +210,27 @@ class SpectralCallback(LightningCallback):
             self._warn(
                 trainer,
                 f"budget/{name}",
-                f"skips {name} spectra for now: measuring took {self.budget.spent:.0f} s; raise max_seconds "
-                f"(now {self.budget.seconds:g}) or max_fraction (now {self.budget.fraction:g}), measure less "
-                "often with schedule=, or measure less.",
+                f"skips a {name} spectrum: one takes about {cost:.2g} s, and measuring has taken "
+                f"{self.budget.spent:.2g} s so far. To have more, raise max_seconds "
+                f"(now {self.budget.seconds:g}) or max_fraction (now {self.budget.fraction:g}).",
             )
         return allowed
+
+    def _take(self, trainer: Any, name: str, measurement: Measurement, point: Point) -> Sequence[Report]:
+        try:
+            return measurement.take(point)
+        except Exception as error:
+            where = failing_module(error, point.model)
+            if where is None and isinstance(error, (ValueError, ArithmeticError)):
+                where = first_not_finite(point.model, point.inputs)
+            place = f"{f'in layer {where!r} ' if where else ''}of {type(point.model).__name__}"
+            self._warn(
+                trainer,
+                name,
+                f"could not measure the {name} spectrum {place}: {_said(error)} Training goes on; "
+                f"this is said once. {_remedy(error, name)}",
+            )
+            return ()
 
     def _log(self, trainer: Any, reports: Sequence[Report], step: int) -> None:
         for report in reports:
@@ -206,18 +243,6 @@ class SpectralCallback(LightningCallback):
                 except Exception as error:
                     place = type(target).__name__
                     self._warn(trainer, f"log/{place}", f"could not write to {place}: {_said(error)}")
-
-    def _warn_failure(self, trainer: Any, name: str, error: Exception, model: nn.Module, inputs: Any) -> None:
-        where = failing_module(error, model)
-        if where is None and isinstance(error, (ValueError, ArithmeticError)):
-            where = first_not_finite(model, inputs)
-        place = f"in layer {where!r} of {type(model).__name__}" if where else f"of {type(model).__name__}"
-        self._warn(
-            trainer,
-            name,
-            f"could not measure the {name} spectrum {place}: {_said(error)} Training goes on; this is said "
-            f"once. {_remedy(error, name)}",
-        )
 
     def _warn(self, trainer: Any, key: str, text: str) -> None:
         if key not in self._warned and trainer.is_global_zero:
@@ -252,8 +277,6 @@ def _said(error: Exception) -> str:
 def _remedy(error: Exception, name: str) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "Measure fewer parameters (params=) or a smaller batch (batch=)."
-    if "(inputs, targets)" in str(error):
-        return ""
     if name == "jacobian":
         return "Choose other ends with JacobianSpectrum(source=..., target=...), or leave it out."
     return "If the loss is called otherwise, pass loss=lambda output, target: ...; or leave this out."

@@ -60,7 +60,8 @@ def find_model(module: nn.Module, name: str | None, *, has_forward: bool) -> nn.
     if name is not None:
         modules = dict(module.named_modules())
         if name in modules:
-            return modules[name]
+            found: nn.Module = modules[name]
+            return found
         raise ValueError(
             f"there is no module {name!r}; model= takes one of {_listed([n for n in modules if n])}."
         )

@@ -1,4 +1,4 @@
-"""What measuring may cost."""
+"""What measuring may cost, and what it will."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass
@@ -47,9 +51,16 @@ class Budget:
         """Seconds that the run has taken so far."""
         return self.elapsed_before + (0.0 if self._start is None else time.monotonic() - self._start)
 
-    def affords(self, cost: float) -> bool:
-        """Whether `cost` more seconds stay within what is granted by now."""
-        return self.spent + cost <= max(self.seconds, self.fraction * self.elapsed)
+    def affords(self, cost: float, *, reserve: float | None = None) -> bool:
+        """Whether `cost` more seconds can be spent now.
+
+        Args:
+            cost: of the measurement. reserve: kept for the end of the run. With it, one measurement takes
+            half of what is left at most, so
+                that what is cheap goes on when what is dear has to stop. None at the end itself.
+        """
+        left = max(self.seconds, self.fraction * self.elapsed) - self.spent
+        return cost <= left if reserve is None else cost <= 0.5 * (left - reserve)
 
     @contextmanager
     def charged(self) -> Iterator[None]:
@@ -59,3 +70,31 @@ class Budget:
             yield
         finally:
             self.spent += time.monotonic() - begin
+
+
+def gradient_seconds(point: Any) -> float:
+    """Time one forward and backward pass, the second of two; of the output's norm where there is no loss.
+
+    0 if the pass fails: the measurement itself will say why.
+    """
+    parameters = [p for p in point.model.parameters() if p.requires_grad]
+    seconds = 0.0
+    for _ in range(2):
+        begin = time.monotonic()
+        try:
+            output = point.model(point.inputs)
+            value = point.loss(output, point.targets) if point.loss is not None else _first(output).norm()
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        except Exception:
+            return 0.0
+        # Reading a number waits for the device.
+        sum(float(g.flatten()[0]) for g in gradients[:1] if g is not None)
+        seconds = time.monotonic() - begin
+    return seconds
+
+
+def _first(output: Any) -> Tensor:
+    while isinstance(output, (tuple, list)):
+        output = output[0]
+    tensor: Tensor = output
+    return tensor

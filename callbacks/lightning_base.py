@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback as LightningCallback
+    from pytorch_lightning import Callback
+
+    class LightningCallback(Callback):
+        """For the type checker, one of the two will do."""
 else:
 
     def _installed() -> tuple[list[type], list[type]]:

@@ -67,8 +67,8 @@ class CurvatureSpectrum(SpectralCallback):
 class SpectralMonitor(SpectralCallback):
     """Logs Jacobian, Hessian and Fisher spectra beside their laws; the defaults are meant to be enough.
 
-    Steps 0, 10, 20, 40, ..., 320, then every 500; one chart group a spectrum, not one a layer; a minute of
-    measuring in all, or 5 % of the run where that is more. For a choice of layers, matrices or costs use
+    Steps 0, 10, 20, 40, ..., 320, then every 500; one chart group a spectrum, not one a layer; half a minute
+    of measuring in all, or 5 % of the run where that is more. For a choice of layers, matrices or costs use
     `JacobianSpectrum` and `CurvatureSpectrum`, of which this is the sum.
 
     Args:

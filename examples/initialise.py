@@ -1,4 +1,4 @@
-"""Make a deep network trainable: describe it, see where its gradients go, draw its weights at the critical point.
+"""Make a deep network trainable: see where its gradients go, then draw its weights at the critical point.
 
 python examples/initialise.py
 """

@@ -34,9 +34,8 @@ def main() -> None:
             for report in diagnosis.reports:
                 sink.write(report, step)
             top = diagnosis.scalars()["hessian/largest"]
-            print(
-                f"step {step}: top Hessian eigenvalue {top:.3g}, gradient ratio {diagnosis.gradient_ratio:.3g}"
-            )
+            ratio = diagnosis.gradient_ratio
+            print(f"step {step}: top Hessian eigenvalue {top:.3g}, gradient ratio {ratio:.3g}")
         optimiser.zero_grad()
         loss = loss_fn(model(x[batch]), y[batch])
         loss.backward()

@@ -20,20 +20,14 @@ def blobs(samples: int = 48, features: int = 12, seed: int = 0) -> TensorDataset
 
 def mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(12, 16),
-        nn.Tanh(),
-        nn.Linear(16, 16),
-        nn.Tanh(),
-        nn.Linear(16, 16),
-        nn.Tanh(),
-        nn.Linear(16, 3),
+        nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
     )
 
 
 def norm_and_dropout() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3),
-        nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3),
+        nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3),
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3),
     )  # fmt: skip
 
 
@@ -51,7 +45,7 @@ class Classifier(pl.LightningModule):
         x, y = batch
         loss = self.loss_fn(self(x), y)
         self.log("loss", loss)
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -41,6 +41,24 @@ def test_budget_grants_the_larger_of_seconds_and_fraction() -> None:
     assert not short.affords(0.6)
 
 
+def test_budget_keeps_a_reserve_and_lets_the_cheap_go_on() -> None:
+    budget = Budget(seconds=10.0, fraction=0.0)
+    costs = {"dear": 3.0, "cheap": 0.1}
+    taken = []
+    while len(taken) < 100:
+        fits = [name for name, cost in costs.items() if budget.affords(cost, reserve=sum(costs.values()))]
+        if not fits:
+            break
+        budget.spent += sum(costs[name] for name in fits)
+        taken += fits
+    assert taken.count("dear") == 1
+    assert taken.count("cheap") > 20
+    for cost in costs.values():
+        assert budget.affords(cost)
+        budget.spent += cost
+    assert budget.spent <= 10.0
+
+
 def test_budget_charges_also_what_fails() -> None:
     budget = Budget(seconds=1.0, fraction=0.0)
     with contextlib.suppress(KeyError), budget.charged():
