@@ -41,7 +41,7 @@ class NodeLaw:
 
     def mass_at(self, location: float) -> float:
         """Point mass at a location."""
-        return sum(mass for s, mass in self.atoms if s == location)
+        return float(sum(mass for s, mass in self.atoms if s == location))
 
     def scaled(self, factor: float) -> NodeLaw:
         """The law of factor * s."""
