@@ -126,6 +126,20 @@ def test_a_wrong_second_derivative_is_not_trusted() -> None:
         pytest.fail(f"trusted {H.engine}")
 
 
+def test_an_asymmetric_hessian_is_not_trusted() -> None:
+    """The fused weight_norm of torch 2.13 takes the norm for a constant, in both reverse engines."""
+    torch.manual_seed(0)
+    net = Calls(
+        lambda m, x: torch.tanh(x @ torch._weight_norm(m.v.weight, m.v.bias[:, None], 0).T), v=nn.Linear(3, 4)
+    )
+    net = net.double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    H = Hessian(net, F.mse_loss, (x, y))
+    assert H.engine.startswith("central differences")
+    D = dense(H)
+    assert float((D - D.T).norm()) < 1e-6 * float(D.norm())
+
+
 def test_a_rough_function_is_refused_with_the_remedy() -> None:
     class Harsh(nn.Module):
         def __init__(self) -> None:

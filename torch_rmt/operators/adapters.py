@@ -64,8 +64,9 @@ def from_scipy(operator: Any, *, symmetric: bool, device: torch.device | str = "
 
     Example:
         >>> from scipy.sparse import diags_array
-        >>> from_scipy(diags_array([1.0, 2.0]), symmetric=True).matmat(torch.ones(2, 1,
-        dtype=torch.float64)).sum() tensor(3., dtype=torch.float64)
+        >>> A = from_scipy(diags_array([1.0, 2.0]), symmetric=True)
+        >>> A.matmat(torch.ones(2, 1, dtype=torch.float64)).sum()
+        tensor(3., dtype=torch.float64)
     """
     from scipy.sparse.linalg import aslinearoperator
 

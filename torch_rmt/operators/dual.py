@@ -24,6 +24,7 @@ from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.kernel import NeuralTangentKernel
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import output_curvature
+from torch_rmt.operators.memory import free_bytes
 from torch_rmt.operators.places import Place, hooked, shifted_by, tensor_at
 from torch_rmt.operators.pure import PureModel, first_tensor
 
@@ -63,14 +64,18 @@ def _padded(gram: Tensor, dim: int) -> Tensor:
     return torch.cat([values.new_zeros(dim - values.shape[0]), values])
 
 
-def dual_gram(operator: GaussNewton | NeuralTangentKernel, *, by_layer: bool = False) -> DualGram:
+def dual_gram(
+    operator: GaussNewton | NeuralTangentKernel, *, by_layer: bool = False, max_memory: int | None = None
+) -> DualGram:
     """Build the Gram matrix of a Gauss-Newton, Fisher (any kind) or neural tangent kernel operator.
 
     Costs one backward pass of the batch for each output (for each draw of a sampled or empirical Fisher) and
     the Gram matrices themselves.
 
     Raises:
-        ValueError: batches of several (concatenate them), a loss whose Hessian by the output is not positive.
+        ValueError: batches of several (concatenate them), a loss whose Hessian by the output is not positive,
+        a
+            Gram matrix that does not fit `max_memory` bytes (by default half of what is free).
         EngineError: the model cannot be differentiated.
 
     Example:
@@ -89,6 +94,7 @@ def dual_gram(operator: GaussNewton | NeuralTangentKernel, *, by_layer: bool = F
         inputs = operator.batches[0].inputs
     with pure.guarded(), torch.no_grad():
         output = pure(pure.params, inputs)
+    _refuse_too_large(operator, output, max_memory)
     factors = _factors(operator, output)
     layers: dict[str, Tensor] = {}
     try:
@@ -108,6 +114,24 @@ def dual_gram(operator: GaussNewton | NeuralTangentKernel, *, by_layer: bool = F
         reason = "the samples of this batch depend on one another"
     total = _by_products(pure, inputs, list(pure.names), factors)
     return DualGram(total, {}, operator.shape[0], f"products with every column ({reason})")
+
+
+def _refuse_too_large(
+    operator: GaussNewton | NeuralTangentKernel, output: Tensor, max_memory: int | None
+) -> None:
+    columns = output[0].numel()
+    if isinstance(operator, Fisher) and operator.kind != "exact":
+        columns = operator.draws if operator.kind == "sampled" else 1
+    rows = output.shape[0] * columns
+    # The sum, one module's part and the float64 copy for the eigenvalues; cotangents at the output and one
+    # layer.
+    need = 4 * rows**2 * output.element_size() + 2 * rows * output[0].numel() * output.element_size()
+    limit = max_memory if max_memory is not None else free_bytes(operator.device) // 2
+    if need > limit:
+        raise ValueError(
+            f"the Gram matrix of {rows} samples x columns would take {need / 2**30:.3g} GiB of "
+            f"{limit / 2**30:.3g}; use fewer samples, Fisher(..., kind='sampled'), or SLQ on the operator"
+        )
 
 
 def _summed(grams: dict[str, Tensor]) -> Tensor:
