@@ -28,7 +28,7 @@ class Kind:
 
     law: NodeLaw
     scale: float
-    count: int
+    count: float
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Chain:
     terms: tuple[Term, ...]
     kinds: tuple[Kind, ...]
     lowest: float  # M tends to -lowest at z -> 0: one less the atom at zero
+    drift: float = 0.0  # adds drift * M to log z: infinitely many factors near one
 
     # --- the equations
 
@@ -78,8 +79,8 @@ class Chain:
         """t, its slope and the mismatches at given unknowns; M in the closed lower half-plane, w_k in the upper."""
         m = np.exp(y)
         power = sum(kind.count for kind in self.kinds) - 1
-        t = np.log(1.0 + m) + power * y
-        rate = m / (1.0 + m) + power
+        t = np.log(1.0 + m) + power * y + self.drift * m
+        rate = m / (1.0 + m) + power + self.drift * m
         for term in self.terms:
             inner = term.a + term.b * m
             t = t + term.count * np.log(inner)
@@ -149,14 +150,14 @@ class Chain:
         state = self.evaluate(np.log(-m) - 1j * np.pi, v)
         good = np.isfinite(state.t.real) & (np.abs(state.mismatch).max(axis=0, initial=0.0) < 1e-8)
         t = state.t.real[good]
-        order = np.argsort(t)
-        return t[order], state.y[good][order], v[:, good][:, order]
+        t, order = np.unique(t, return_index=True)
+        return t, state.y[good][order], v[:, good][:, order]
 
     def start(self, t: Reals) -> State:
         """The solution at z = -exp(t)."""
         knots, y_knots, v_knots = self._negative_table
 
-        def follow(values: Reals) -> Reals:
+        def follow(values: Float[np.ndarray, " knots"]) -> Reals:
             # Logarithms are linear in t beyond the table.
             first = values[0] + (t - knots[0]) * (values[1] - values[0]) / (knots[1] - knots[0])
             last = values[-1] + (t - knots[-1]) * (values[-1] - values[-2]) / (knots[-1] - knots[-2])
@@ -417,7 +418,7 @@ class Chain:
     def potential(self, log_z: Points, w: Inner, u: Points) -> Points:
         """Integral of log(z - lambda): (1 + M) log z - I(M), I the integral of log z over M from 0."""
         m = u
-        total = x_log_x(1.0 + m) - x_log_x(m)
+        total = x_log_x(1.0 + m) - x_log_x(m) + self.drift * m**2 / 2
         for term in self.terms:
             if term.b == 0.0:
                 total = total + term.count * m * np.log(term.a)

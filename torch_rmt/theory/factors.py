@@ -14,6 +14,8 @@ from torch_rmt.theory.architecture import Architecture, Layer
 from torch_rmt.theory.chain import Chain, Kind, Term
 from torch_rmt.theory.equal_layers import EqualLayers
 from torch_rmt.theory.jacobian_law import Solver
+from torch_rmt.theory.like_layers import representative_moments
+from torch_rmt.theory.moments import slope_moment
 from torch_rmt.theory.series import moments_from_s, multiply, power, s_series
 from torch_rmt.theory.slope_law import NodeLaw, slope_law
 
@@ -37,7 +39,7 @@ class Factors:
 
     log_scale: float = 0.0
     terms: dict[tuple[float, float], float] = field(default_factory=dict)
-    kinds: dict[tuple[int, float], tuple[NodeLaw, int]] = field(default_factory=dict)
+    kinds: dict[tuple[int, float], tuple[NodeLaw, float]] = field(default_factory=dict)
     rank: float = 1.0
     kept: float | None = 1.0
     log_kept: float = 0.0
@@ -52,29 +54,29 @@ class Factors:
         if self.terms[key] == 0.0:
             del self.terms[key]
 
-    def add_law(self, law: NodeLaw, scale: float) -> None:
-        """Multiply by a factor with the law of s in a space of dimension n_0 / scale; law.scaled to mean one here."""
+    def add_law(self, law: NodeLaw, scale: float, count: float = 1.0) -> None:
+        """Multiply by `count` factors with the law of s in a space of dimension n_0 / scale; scaled to mean one."""
         top = max(law.atoms, key=lambda atom: atom[1] if atom[0] > 0 else -1.0, default=(1.0, 0.0))
         at_zero = law.mass_at(0.0)
         self.rank = min(self.rank, (1.0 - at_zero) / scale)
         constant = top if top[0] > 0 else (1.0, 0.0)
         mean = law.moment(1)
         if self.kept is not None:
-            self.kept -= (1.0 - constant[1]) / scale
-            self.log_kept += float(np.log(constant[0] / mean))
+            self.kept -= count * (1.0 - constant[1]) / scale
+            self.log_kept += count * float(np.log(constant[0] / mean))
         if not law.ranges and len(law.atoms) - (at_zero > 0) == 1:
             # {0, s}: w = s (u + p) / u, in closed form.
             p = 1.0 - at_zero
             location = law.atoms[-1][0]
-            self.log_scale += float(np.log(location))
+            self.log_scale += count * float(np.log(location))
             if at_zero > 0:
-                self.add_term(p, scale)
-                self.add_term(1.0, scale, -1.0)
+                self.add_term(p, scale, count)
+                self.add_term(1.0, scale, -count)
             return
-        self.log_scale += float(np.log(mean))
+        self.log_scale += count * float(np.log(mean))
         key = (id(law), scale)
-        _, count = self.kinds.get(key, (law, 0))
-        self.kinds[key] = (law, count + 1)
+        _, known = self.kinds.get(key, (law, 0.0))
+        self.kinds[key] = (law, known + count)
 
     def add_weights(self, layer: Layer, first: int) -> None:
         """Multiply by the factor of W."""
@@ -170,26 +172,37 @@ class Factors:
 
 
 def collect(architecture: Architecture, moments: tuple[float, ...]) -> Factors:
-    """The factors of an architecture whose layers have the given pre-activation moments q."""
+    """The factors of an architecture whose layers have the given pre-activation moments q.
+
+    Layers of one activation and width whose q differ are gathered into the few kinds of `representative_moments`;
+    the constant factor, hence the mean, keeps the value that every layer's own q gives.
+    """
     factors = Factors()
     first = architecture.layers[0].n_in
-    laws: dict[tuple[int, float], NodeLaw] = {}
     # One orthogonal layer has w = z, on the cut itself: twice the nodes.
     order = 28 if len(architecture.layers) == 1 else 14
+    alike: dict[tuple[int, float], tuple[Activation, list[float]]] = {}
     for layer, q in zip(architecture.layers, moments, strict=True):
         factors.add_weights(layer, first)
         if layer.activation is not None:
-            factors.add_law(_shared(laws, layer.activation, q, order), first / layer.n_out)
+            key = id(layer.activation), first / layer.n_out
+            alike.setdefault(key, (layer.activation, []))[1].append(q)
+    for (_, scale), (activation, qs) in alike.items():
+        piecewise_linear = activation.slopes() is not None  # atoms, in closed form: nothing to gather
+        rule = _counted(qs) if piecewise_linear else representative_moments(tuple(qs))
+        for q, count in rule:
+            law = slope_law(activation, q, order=order)
+            factors.add_law(law, scale, count)
+            if not piecewise_linear:
+                factors.log_scale -= count * float(np.log(slope_moment(activation, q)))
+        if not piecewise_linear:
+            factors.log_scale += sum(float(np.log(slope_moment(activation, q))) for q in qs)
     return factors
 
 
-def _shared(laws: dict[tuple[int, float], NodeLaw], activation: Activation, q: float, order: int) -> NodeLaw:
-    """One law for all layers whose q agree to 1e-9: a deep network near its fixed point has few kinds."""
-    for (known, at), law in laws.items():
-        if known == id(activation) and abs(at - q) <= 1e-9 * q:
-            return law
-    laws[id(activation), q] = slope_law(activation, q, order=order)
-    return laws[id(activation), q]
+def _counted(moments: list[float]) -> tuple[tuple[float, float], ...]:
+    """Each value with its number of occurrences."""
+    return tuple((q, float(moments.count(q))) for q in dict.fromkeys(moments))
 
 
 def measured_law(measure: SpectralMeasure) -> NodeLaw:

@@ -1,0 +1,56 @@
+"""Many layers whose q differ a little, as few kinds: a Gauss rule over q, so that depth stays a multiplier."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Half the spread of log(1 + q) over this is the ratio by which each further node cuts the error; found by tuning on
+# tanh, erf and GELU networks of 40 layers, where it is an upper bound.
+_RADIUS = 1.0
+_TOLERANCE = 1e-9
+
+
+def representative_moments(moments: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
+    """Few (q, count) that stand for the layers' q: sum_l f(q_l) = sum_k count_k f(q_k) for every f of low degree.
+
+    The master equation depends on the layers only through sum_l log w(u; q_l), which is smooth in q; the rule of m
+    nodes is the Gauss rule of the empirical law of log(1 + q_l), exact for polynomials in it up to degree 2m - 1. Its
+    nodes lie between the smallest and the largest q, its counts are positive and add up to the number of layers.
+
+    Example:
+        >>> rule = representative_moments(tuple(0.5 + 0.001 * k for k in range(40)))
+        >>> len(rule), round(sum(count for _, count in rule), 9)
+        (3, 40.0)
+    """
+    x = np.log1p(np.asarray(moments))
+    centre, half = 0.5 * (x.max() + x.min()), 0.5 * (x.max() - x.min())
+    if half <= 1e-9 * max(centre, 1e-300):
+        return ((float(np.mean(moments)), float(len(moments))),)
+    distinct = len(set(moments))
+    size = 1
+    while size < distinct and len(moments) * (half / _RADIUS) ** (2 * size) > _TOLERANCE:
+        size += 1
+    if size >= distinct:
+        values, counts = np.unique(np.asarray(moments), return_counts=True)
+        return tuple((float(q), float(count)) for q, count in zip(values, counts, strict=True))
+    # Lanczos on diag(x) from the vector of equal weights: its tridiagonal matrix is the Gauss rule's Jacobi matrix.
+    y = (x - centre) / half
+    basis = [np.full(len(y), len(y) ** -0.5)]
+    diagonal, off = [], []
+    for _ in range(size):
+        vector = y * basis[-1]
+        diagonal.append(float(vector @ basis[-1]))
+        for _ in range(2):
+            for known in basis:
+                vector = vector - (known @ vector) * known
+        norm = float(np.linalg.norm(vector))
+        if norm < 1e-12:
+            break
+        off.append(norm)
+        basis.append(vector / norm)
+    steps = len(diagonal)
+    nodes, vectors = np.linalg.eigh(
+        np.diag(diagonal) + np.diag(off[: steps - 1], 1) + np.diag(off[: steps - 1], -1)
+    )
+    counts = len(y) * vectors[0] ** 2
+    return tuple((float(np.expm1(centre + half * n)), float(c)) for n, c in zip(nodes, counts, strict=True))
