@@ -37,3 +37,20 @@ class _CallbacksFinder(importlib.abc.MetaPathFinder):
 # symlinks has neither, and there `pyproject.toml` stands beside the package.
 if not (_HERE / "callbacks").is_dir() and (_HERE.parent / "pyproject.toml").is_file():
     sys.meta_path.append(_CallbacksFinder())
+
+# Eager, since `describe` and `diagnose` are modules too, and the functions must be what `torch_rmt.describe` names.
+from torch_rmt.describe import describe  # noqa: E402
+from torch_rmt.diagnose import Diagnosis, diagnose  # noqa: E402
+from torch_rmt.init import InitReport, critical_init_  # noqa: E402
+from torch_rmt.learning_rate import LearningRateReport, suggest_lr  # noqa: E402
+
+__all__ = [
+    "Diagnosis",
+    "InitReport",
+    "LearningRateReport",
+    "__version__",
+    "critical_init_",
+    "describe",
+    "diagnose",
+    "suggest_lr",
+]
