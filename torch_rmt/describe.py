@@ -6,7 +6,7 @@ import copy
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import BuiltinFunctionType
 from typing import Any
@@ -224,10 +224,31 @@ def _chain_between(graph: ForwardGraph, start: int, end: int) -> Architecture | 
         one = Layer(width, width, activation, 1.0, ensemble=PointMass(1.0), q=second_moment, name="source")
         layers.append(one)
     for use, following in found:
-        layers.append(layer_of(graph, use, following, layers[-1].n_out if layers else width))
+        layer = layer_of(graph, use, following, layers[-1].n_out if layers else width)
+        layers.append(layer if following is None else replace(layer, q=graph.mean_square.get(use.output)))
     if not layers:
         return "source and target are the same place"
-    return Architecture(tuple(layers), second_moment, tuple(dict.fromkeys(notes)))
+    return Architecture(_pool_q(layers), second_moment, tuple(dict.fromkeys(notes)))
+
+
+def _pool_q(layers: list[Layer]) -> tuple[Layer, ...]:
+    """Give layers of one activation whose q lie within a factor 4 (or a quarter of the range) their mean."""
+    pooled = list(layers)
+    for activation in {layer.activation.name for layer in layers if layer.activation is not None}:
+        of_it = [
+            (layer.q, i)
+            for i, layer in enumerate(layers)
+            if layer.activation is not None and layer.activation.name == activation and layer.q
+        ]
+        of_it.sort()
+        step = max(4.0, (of_it[-1][0] / of_it[0][0]) ** 0.25) if of_it else 4.0
+        while of_it:
+            group = [(q, i) for q, i in of_it if q <= step * of_it[0][0]]
+            of_it = of_it[len(group) :]
+            mean = math.exp(sum(math.log(q) for q, _ in group) / len(group))
+            for _, i in group:
+                pooled[i] = replace(layers[i], q=mean)
+    return tuple(pooled)
 
 
 def _output_number(graph: ForwardGraph, module: nn.Module, name: str) -> int:

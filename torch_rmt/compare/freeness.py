@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from torch_rmt.compare.comparison import compare
@@ -18,6 +19,7 @@ def freeness_gap(
     *,
     kind: Literal["sum", "product"],
     name: str = "freeness",
+    facts: Mapping[str, float] | None = None,
 ) -> Report:
     """Compare a spectrum with the free convolution of its parts' spectra; valid at any step of training.
 
@@ -50,4 +52,9 @@ def freeness_gap(
         reference="Pennington and Bahri 2017, section 4" if kind == "sum" else "Collins and Hayase 2023",
         finite_size_error=None,
     )
-    return compare(whole, prediction, name=name)
+    report = compare(whole, prediction, name=name, facts=facts)
+    if report.agrees:
+        return replace(
+            report, verdict=report.verdict.replace("As predicted", "The parts are free of each other", 1)
+        )
+    return replace(report, verdict="The parts are aligned. " + report.verdict)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from torch_rmt.compare.distances import Tabulated
 from torch_rmt.compare.report import Outlier
-from torch_rmt.measures import SpectralMeasure
 
 # A soft edge at E, where the law has mass 1/n within s of E, puts the largest of n eigenvalues at
 # E + (s / 2.81) T with T of Tracy-Widom's law (real case: mean -1.21, standard deviation 1.27).
@@ -17,7 +17,7 @@ _SIGNIFICANT = 4.0
 def find_outliers(
     nodes: Float[np.ndarray, " n"],
     weights: Float[np.ndarray, " n"],
-    law: SpectralMeasure,
+    table: Tabulated,
     *,
     dim: int,
     noise: float,
@@ -31,16 +31,15 @@ def find_outliers(
 
     Args:
         nodes, weights: the measurement, ascending, weights summing to one.
-        law: the prediction.
+        table: the prediction.
         dim: number of eigenvalues.
         noise: Kolmogorov distance that finite width and probes give.
         zero: what is smaller counts as zero.
 
     Source of the edge law: Tracy and Widom 1996; the rule on noise is our own.
     """
-    low, high = law.bounds()
-    p = np.array([1 / dim, min(noise, 0.5), 1 - min(noise, 0.5), 1 - 1 / dim])
-    q = np.asarray(law.quantile(p), dtype=np.float64)
+    low, high = table.law.bounds()
+    q = [table.quantile(p) for p in (1 / dim, min(noise, 0.5), 1 - min(noise, 0.5), 1 - 1 / dim)]
     rounding = 1e-5 * max(abs(low), abs(high)) + zero
     below = _unit(q[0] - low, q[1] - low, rounding)
     above = _unit(high - q[3], high - q[2], rounding)

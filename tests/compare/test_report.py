@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from torch_rmt.compare import Report, compare, density_curve, freeness_gap
+from torch_rmt.measures import Discrete, FussCatalan, MarchenkoPastur, PointMass, Semicircle
+from torch_rmt.spectra import SLQ, DenseOperator, Spectrum, exact
+from torch_rmt.theory import Prediction
+
+
+def wigner(n: int, seed: int) -> torch.Tensor:
+    g = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (g + g.T) / np.sqrt(2 * n)
+
+
+def measured(n: int = 60, seed: int = 0) -> Spectrum:
+    return exact(DenseOperator(wigner(n, seed), symmetric=True))
+
+
+def no_constant(value: str) -> float:
+    raise AssertionError(f"{value} is not JSON")
+
+
+@pytest.mark.parametrize(
+    "law", [Semicircle(), MarchenkoPastur(2.0), FussCatalan(3.0), PointMass(1.0)], ids=repr
+)
+def test_json_is_strict_and_comes_back(law) -> None:
+    report = compare(measured(), Prediction(law, scalars={"bad": float("nan"), "q": 0.5}), name="it")
+    back = json.loads(report.to_json(), parse_constant=no_constant)
+    assert back == json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert back["prediction"]["scalars"] == {"bad": None, "q": 0.5}
+    record = back["spectrum"]
+    again = Spectrum(
+        **record | {"nodes": np.array(record["nodes"]), "weights": np.array(record["weights"]), "notes": ()}
+    )
+    np.testing.assert_array_equal(again.nodes, report.spectrum.nodes)
+    assert compare(again, Prediction(law)).distances == compare(report.spectrum, Prediction(law)).distances
+
+
+def test_scalars_are_finite_floats_and_hold_the_distances() -> None:
+    report = compare(
+        measured(), Prediction(Semicircle(), {"chi": 1.0, "depth_scale": float("inf")}), facts={"extra": 2.0}
+    )
+    scalars = report.scalars()
+    assert all(type(v) is float and np.isfinite(v) for v in scalars.values())
+    assert scalars["distance/kolmogorov"] == report.distance("kolmogorov").value
+    assert scalars["predicted/chi"] == 1.0
+    assert scalars["extra"] == 2.0
+    assert "predicted/depth_scale" not in scalars
+
+
+def test_without_a_law_the_report_says_why() -> None:
+    report = compare(measured(), None, name="hessian", reason="nobody has one")
+    assert report.agrees is None
+    assert report.distances == ()
+    assert "nobody has one" in report.verdict
+    assert json.loads(report.to_json())["prediction"] is None
+
+
+@pytest.mark.parametrize(("chi", "word"), [(1.2, "Chaotic"), (0.8, "Ordered"), (1.0001, "Critical")])
+def test_gradients_in_words(chi: float, word: str) -> None:
+    report = compare(measured(), Prediction(Semicircle(), {"chi": chi, "depth": 40.0}))
+    assert word in report.verdict
+    assert ("critical_init_" in report.verdict) == (word != "Critical")
+
+
+@pytest.mark.parametrize(
+    "law", [Semicircle(2.0), MarchenkoPastur(0.5), FussCatalan(2.0), FussCatalan(6.0)], ids=repr
+)
+def test_the_curve_holds_the_mass(law) -> None:
+    x, density = density_curve(law, points=2000)
+    mass = np.trapezoid(density, x)
+    # What lies below the first point, and the hard edge's spike, are outside the curve.
+    assert mass == pytest.approx(1 - float(law.cdf(x[0])), abs=5e-3)
+    assert np.all(np.diff(x) > 0)
+
+
+def test_a_law_without_a_continuous_part_has_an_empty_curve() -> None:
+    x, density = density_curve(Discrete([0.0, 1.0]))
+    assert x.size == density.size == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_probe_noise_and_resolution_are_in_the_floor(seed: int) -> None:
+    """An estimate of few steps agrees with the true law within its floor, which is wider than the exact one's."""
+    n = 400
+    operator = DenseOperator(wigner(n, seed), symmetric=True)
+    law = Prediction(Semicircle(), finite_size_error=2 / n)
+    full = compare(exact(operator), law).distance("kolmogorov")
+    for probes, depth in ((1, 10), (4, 30)):
+        estimate = compare(SLQ(probes, depth)(operator, torch.Generator().manual_seed(1000 + seed)), law)
+        assert estimate.distance("kolmogorov").noise > full.noise
+        assert estimate.agrees, estimate.verdict
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_freeness_gap_tells_free_parts_from_aligned_ones(seed: int) -> None:
+    """A + O B O^T is free and A + B, sorted alike, is not; drawn at two sizes."""
+    for n in (60, 200):
+        a = torch.diag(torch.linspace(-1, 1, n, dtype=torch.float64))
+        b = torch.diag(torch.cat([torch.zeros(n // 2), torch.ones(n - n // 2)]).double())
+        q = torch.linalg.qr(
+            torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ).Q
+        parts = [exact(DenseOperator(m, symmetric=True)) for m in (a, b)]
+        free = freeness_gap(parts, exact(DenseOperator(a + q @ b @ q.T, symmetric=True)), kind="sum")
+        aligned = freeness_gap(parts, exact(DenseOperator(a + b, symmetric=True)), kind="sum")
+        assert free.agrees, free.verdict
+        assert free.distance("kolmogorov").value < 3 / n
+        assert aligned.distance("kolmogorov").value > 0.1
+        assert "aligned" in aligned.verdict
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_freeness_gap_of_a_product(seed: int) -> None:
+    n, generator = 150, torch.Generator().manual_seed(seed)
+    a, b = (
+        torch.randn(2 * n, n, generator=generator, dtype=torch.float64) / np.sqrt(2 * n) for _ in range(2)
+    )
+    root = torch.linalg.cholesky(b.T @ b).T  # root^T root = b^T b, as the law of a part asks
+    parts = [exact(DenseOperator(m)) for m in (a, b)]
+    report = freeness_gap(parts, exact(DenseOperator(a @ root.T)), kind="product")
+    assert report.agrees, report.verdict
+    assert report.distance("kolmogorov").value < 0.05
+
+
+def test_freeness_gap_refuses_what_has_no_meaning() -> None:
+    one = measured()
+    with pytest.raises(ValueError, match="two parts"):
+        freeness_gap([one], one, kind="sum")
+    with pytest.raises(ValueError, match="negative"):
+        freeness_gap([one, one], one, kind="product")
+
+
+def test_report_is_frozen() -> None:
+    report = Report("x", measured(), None)
+    with pytest.raises(AttributeError):
+        report.name = "y"  # type: ignore[misc]

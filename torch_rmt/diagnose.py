@@ -1,0 +1,240 @@
+"""`diagnose`: spectra, laws, gradients and advice for a model and a batch, in one call, without a trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from torch_rmt.compare import Report, compare, freeness_gap
+from torch_rmt.describe import default_ends, describe_between
+from torch_rmt.init import LayerSignal, chi_per_layer, gradient_ratio, signals
+from torch_rmt.learning_rate import largest_eigenvalue
+from torch_rmt.operators import Combination, Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
+from torch_rmt.spectra import SLQ, Spectrum, exact
+from torch_rmt.theory import Prediction, jacobian_spectrum
+
+WHAT = ("jacobian", "hessian", "gauss_newton", "fisher")
+_DENSE = 512  # up to this size a dense decomposition costs less than an estimate
+_DEPTH = 48  # Lanczos steps
+_SAMPLES = (
+    20_000  # probes times dimension: sqrt(2 / (dim probes)) is then below the resolution of so many steps
+)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Fields:
+        reports: one a matrix, in the order asked for.
+        signals: q and gradient norm at every weight, on the batch.
+    """
+
+    reports: tuple[Report, ...]
+    signals: tuple[LayerSignal, ...]
+
+    @property
+    def chi(self) -> float:
+        """Factor that the squared gradient takes from one weight to the one before it; NaN where unknown."""
+        return chi_per_layer(self.signals)
+
+    @property
+    def gradient_ratio(self) -> float:
+        """Gradient norm at the first weight over that at the last."""
+        return gradient_ratio(self.signals) if self.signals else math.nan
+
+    def __getitem__(self, name: str) -> Report:
+        """Return the report of that name."""
+        for report in self.reports:
+            if report.name == name:
+                return report
+        raise KeyError(f"no report {name!r}; there are {', '.join(r.name for r in self.reports)}")
+
+    def scalars(self) -> dict[str, float]:
+        """All reports' numbers, keyed by report, and those of the gradients."""
+        out = {
+            f"{report.name}/{key}": value
+            for report in self.reports
+            for key, value in report.scalars().items()
+        }
+        out |= {"chi": self.chi, "gradient_ratio": self.gradient_ratio}
+        return {key: value for key, value in out.items() if math.isfinite(value)}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table's cells, its headings first."""
+        rows: list[tuple[str, ...]] = [("spectrum", "mean", "largest", "distance to law", "noise", "verdict")]
+        for report in self.reports:
+            scalars, ks = report.scalars(), report.distance("kolmogorov")
+            distance = ("no law", "") if ks is None else (f"{ks.value:.3g}", f"{ks.noise:.3g}")
+            largest = scalars.get("largest_eigenvalue", scalars["largest"])
+            rows.append((report.name, f"{scalars['mean']:.3g}", f"{largest:.3g}", *distance, report.verdict))
+        return rows
+
+    def table(self) -> Table:
+        """The reports as a rich table; print it with rich.print."""
+        headings, *rows = self.rows()
+        table = Table(title=self.summary(), title_justify="left", show_lines=True)
+        for heading in headings:
+            table.add_column(heading, overflow="fold", ratio=5 if heading == "verdict" else None)
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def summary(self) -> str:
+        """One line on the gradients."""
+        if not self.signals:
+            return "no weights were read: gradients are not followed through the layers"
+        return (
+            f"chi {self.chi:.4g} a layer over {len(self.signals)} weights, gradient norm first/last "
+            f"{self.gradient_ratio:.3g}"
+        )
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page with every spectrum beside its law."""
+        from torch_rmt.sinks import write_html
+
+        return write_html(path, self.reports, summary=(self.summary(),), table=self.rows())
+
+
+def diagnose(
+    model: nn.Module,
+    batch: tuple[Any, Any],
+    loss: Callable[[Any, Any], Tensor],
+    *,
+    what: Sequence[str] = ("jacobian", "hessian", "fisher"),
+    seed: int = 0,
+) -> Diagnosis:
+    """Measure the spectra of a model on a batch and put each beside its law; the model is not disturbed.
+
+    "jacobian": of the first sample, over the longest run of equally wide hidden layers (input to output where
+    there is none), against the law for the architecture that was read off. "hessian": of the loss, against
+    the free sum of its measured parts, Gauss-Newton and residual. "gauss_newton", "fisher": measured; theory
+    has no law for them in a general network, and the report says so.
+
+    Args:
+        model: in the mode that it is in.
+        batch: (inputs, targets).
+        loss: loss(output, target) -> scalar, a mean over the batch.
+        what: any of "jacobian", "hessian", "gauss_newton", "fisher".
+        seed: of all probes.
+
+    Raises:
+        ValueError: an unknown name in `what`, an empty batch, a loss that is not finite.
+        TypeError: the batch is no pair, the model returns no tensor.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(16, 16), nn.Tanh())], nn.Linear(16, 3))
+    >>> found = diagnose(net, (torch.randn(32, 16), torch.arange(32) % 3), nn.functional.cross_entropy)
+    >>> [report.name for report in found.reports], found.chi < 0.6
+    (['jacobian', 'hessian', 'fisher'], True)
+    """
+    unknown = [name for name in what if name not in WHAT]
+    if unknown or isinstance(what, str) or not what:
+        raise ValueError(f"what is a tuple of names out of {WHAT}, got {what!r}")
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise TypeError(f"the batch is a pair (inputs, targets), got {type(batch).__name__}")
+    inputs = batch[0]
+    try:
+        found = signals(model, inputs)
+    except ValueError as error:
+        if "no weights" not in str(error):
+            raise
+        found = ()
+    reports = []
+    for name in what:
+        if name == "jacobian":
+            reports.append(jacobian_report(model, inputs, seed=seed))
+        elif name == "hessian":
+            reports.append(hessian_report(model, batch, loss, seed=seed))
+        else:
+            operator: LinearOperator
+            operator = (GaussNewton if name == "gauss_newton" else Fisher)(model, loss, batch)
+            reason = "theory has its law for one hidden layer of equal widths and Gaussian data only"
+            facts = _top(operator, seed)
+            reports.append(compare(measure(operator, seed), None, name=name, facts=facts, reason=reason))
+    return Diagnosis(tuple(reports), found)
+
+
+def jacobian_report(
+    model: nn.Module,
+    inputs: Any,
+    source: str | None = None,
+    target: str | None = None,
+    *,
+    seed: int = 0,
+    name: str = "jacobian",
+) -> Report:
+    """Compare the Jacobian between two modules, for the first sample, with the law of its architecture.
+
+    With neither end given, over the longest run of equally wide hidden layers.
+    """
+    sample = first_sample(inputs)
+    if source is None and target is None:
+        source, target = default_ends(model, sample)
+    spectrum = measure(Jacobian(model, sample, source, target), seed)
+    facts: dict[str, float] = {}
+    prediction: Prediction | None = None
+    reason = ""
+    try:
+        architecture = describe_between(model, sample, source, target)
+        facts["depth"] = depth = float(sum(isinstance(layer.ensemble, str) for layer in architecture.layers))
+        mean = spectrum.moment(1)[0]
+        if mean > 0:
+            facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
+        prediction = jacobian_spectrum(architecture)
+    except ValueError as error:
+        reason = str(error)
+    return compare(spectrum, prediction, name=name, facts=facts, reason=reason)
+
+
+def hessian_report(
+    model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor], *, seed: int = 0, name: str = "hessian"
+) -> Report:
+    """Compare the Hessian with the free sum of its two measured parts, H = Gauss-Newton + residual.
+
+    Where the free sum cannot be computed the report is without a law and says so. Fact "largest_eigenvalue"
+    is converged, unlike the ends of the estimated spectrum.
+    """
+    hessian, gauss_newton = Hessian(model, loss, batch), GaussNewton(model, loss, batch)
+    residual = Combination([hessian, gauss_newton], [1.0, -1.0])
+    parts = [measure(gauss_newton, seed + 1), measure(residual, seed + 2)]
+    whole, facts = measure(hessian, seed), _top(hessian, seed)
+    try:
+        return freeness_gap(parts, whole, kind="sum", name=name, facts=facts)
+    except (ValueError, ArithmeticError) as error:
+        reason = f"the free sum of Gauss-Newton and residual part was not found ({error})"
+        return compare(whole, None, name=name, facts=facts, reason=reason)
+
+
+def _top(operator: LinearOperator, seed: int) -> dict[str, float]:
+    top = largest_eigenvalue(operator, seed)
+    facts = {"largest_eigenvalue": top.value, "largest_eigenvalue_error": top.error}
+    if top.value > 0:
+        facts["max_lr"] = 2 / top.value
+    return facts
+
+
+def measure(operator: LinearOperator, seed: int = 0) -> Spectrum:
+    """Exact spectrum of a small operator, a Lanczos estimate of a large one."""
+    if min(operator.shape) <= _DENSE:
+        return exact(operator)
+    probes = max(1, min(8, _SAMPLES // min(operator.shape)))
+    return SLQ(probes=probes, depth=_DEPTH)(operator, torch.Generator().manual_seed(seed))
+
+
+def first_sample(inputs: Any) -> Any:
+    """The first sample of every tensor in the inputs, as a batch of one."""
+    if isinstance(inputs, Tensor):
+        return inputs[:1]
+    if isinstance(inputs, dict):
+        return {key: first_sample(value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(first_sample(value) for value in inputs)
+    return inputs
