@@ -42,3 +42,8 @@ from torch_rmt.theory.edges import largest_eigenvalue_law as largest_eigenvalue_
 from torch_rmt.theory.spikes import Spike as Spike
 from torch_rmt.theory.spikes import spike_in_product as spike_in_product
 from torch_rmt.theory.spikes import spike_in_sum as spike_in_sum
+from torch_rmt.theory.deep_fisher import DeepFisherStatistics as DeepFisherStatistics
+from torch_rmt.theory.deep_fisher import deep_fisher_spectrum as deep_fisher_spectrum
+from torch_rmt.theory.deep_fisher import deep_fisher_statistics as deep_fisher_statistics
+from torch_rmt.theory.deep_fisher_law import DeepFisherLaw as DeepFisherLaw
+from torch_rmt.theory.deep_fisher_law import FisherStep as FisherStep
