@@ -14,6 +14,20 @@ from tests.measures.table import LAWS as LAWS  # noqa: E402
 
 # --- theory: activations, predictions -------------------------------------------------------------------------------
 
+from torch_rmt.theory import activation_names  # noqa: E402
+
+#: Every activation that has a name.
+ACTIVATIONS = activation_names()
+#: (activation, sigma_w, sigma_b) near criticality, one of each kind: smooth, kinked, half-stable, linear.
+NETWORKS = (
+    ("tanh", 1.2, 0.15),
+    ("relu", 2**0.5, 0.0),
+    ("hard_tanh", 1.2, 0.2),
+    ("gelu", 1.408211, 0.415839),
+    ("leaky_relu", 1.4, 0.0),
+    (None, 1.0, 0.0),
+)
+
 # Every law of a network, the network or matrix it is about, and the rate at which the two meet.
 from tests.theory.drawn_matrices import PREDICTIONS as PREDICTIONS  # noqa: E402
 

@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 from jaxtyping import Complex, Float
-from numpy.typing import ArrayLike
 
-from torch_rmt.measures.half_plane import fold, unfold
+from torch_rmt.measures.half_plane import Numbers, fold, unfold
 from torch_rmt.measures.numeric import contour_moment, distribution, potential, quantiles
 
 Interval = tuple[float, float]
@@ -25,7 +24,7 @@ class SpectralMeasure(ABC):
     """
 
     @abstractmethod
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """Stieltjes transform G(z) = integral of rho(dt) / (z - t).
 
         At a real z this is the boundary value G(z + i0), so that the density is -Im G(x) / pi.
@@ -39,24 +38,28 @@ class SpectralMeasure(ABC):
     def atoms(self) -> tuple[Atom, ...]:
         """Return the point masses as `(location, mass)`, in order of location."""
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """Derivative G'(z) of the Stieltjes transform; at a real z the boundary value from above.
 
         The default is a five-point difference along a small circle (or, near the axis, a half-line upwards).
         """
         points, below = fold(z)
         low, high = self.bounds()
-        step = 1e-4 * np.minimum(np.abs(points - 0.5 * (low + high)) + 0.5 * (high - low), np.maximum(points.imag, 0))
+        step = 1e-4 * np.minimum(
+            np.abs(points - 0.5 * (low + high)) + 0.5 * (high - low), np.maximum(points.imag, 0)
+        )
         step = np.maximum(step, 1e-7 * np.maximum(np.abs(points), 1e-3 * (high - low)))
         g = [self.stieltjes(points + 1j * k * step) for k in range(5)]
         derivative = (-25 * g[0] + 48 * g[1] - 36 * g[2] + 16 * g[3] - 3 * g[4]) / (12j * step)
         return unfold(derivative, below)
 
-    def stieltjes_and_slope(self, z: ArrayLike) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+    def stieltjes_and_slope(
+        self, z: Numbers
+    ) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
         """G and G' together; overridden where they share work."""
         return self.stieltjes(z), self.slope(z)
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L(z) = integral of log(z - t) rho(dt), so that L' = G and F(x) = 1 - Im L(x + i0) / pi.
 
         The default integrates G down a vertical line from far above the support, on a logarithmic grid.
@@ -64,7 +67,7 @@ class SpectralMeasure(ABC):
         points, below = fold(z)
         return unfold(potential(self, points), below)
 
-    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def density(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Density of the continuous part, -Im G(x + i0) / pi; zero outside the support."""
         points = np.asarray(x, dtype=float)
         inside = np.zeros(points.shape, dtype=bool)
@@ -76,15 +79,15 @@ class SpectralMeasure(ABC):
                 result[inside] = np.maximum(-np.asarray(self.stieltjes(points[inside])).imag / np.pi, 0.0)
         return result
 
-    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Distribution function F(x) = mass of (-inf, x], atoms included."""
         return distribution(self, np.asarray(x, dtype=float), self.bounds())
 
-    def cdf_and_density(self, x: ArrayLike) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    def cdf_and_density(self, x: Numbers) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
         """F and its density together; overridden where they share work."""
         return self.cdf(x), self.density(x)
 
-    def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
+    def quantile(self, p: Numbers) -> Float[np.ndarray, "..."]:
         """Smallest x with F(x) >= p.
 
         Raises:

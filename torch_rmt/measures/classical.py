@@ -6,20 +6,21 @@ from math import comb, sqrt
 
 import numpy as np
 from jaxtyping import Complex
-from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
-from torch_rmt.measures.half_plane import fold, two_cut_root, unfold
+from torch_rmt.measures.half_plane import Numbers, fold, two_cut_root, unfold
 
 
-def positive(name: str, value: float) -> float:
+def positive(name: str, value: float | int) -> float:
     """Return the value as a float, or say that it must be positive."""
     if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number > 0, got {value}; for a law without spread use PointMass")
+        raise ValueError(
+            f"{name} must be a finite number > 0, got {value}; for a law without spread use PointMass"
+        )
     return float(value)
 
 
-def finite(name: str, value: float) -> float:
+def finite(name: str, value: float | int) -> float:
     """Return the value as a float, or say that it must be finite."""
     if not np.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
@@ -33,7 +34,7 @@ class Semicircle(SpectralMeasure):
     ((-4.0, 4.0),)
     """
 
-    def __init__(self, variance: float = 1.0, mean: float = 0.0) -> None:
+    def __init__(self, variance: float | int = 1.0, mean: float | int = 0.0) -> None:
         self._variance = positive("variance", variance)
         self._mean = finite("mean", mean)
 
@@ -53,19 +54,19 @@ class Semicircle(SpectralMeasure):
     def _root(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
         return two_cut_root(z, *self.bounds())
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = 2 / (z - m + sqrt((z - m)^2 - 4 v))."""
         points, below = fold(z)
         return unfold(2.0 / (points - self._mean + self._root(points)), below)
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -G(z) / sqrt((z - m)^2 - 4 v)."""
         points, below = fold(z)
         root = self._root(points)
         with np.errstate(all="ignore"):
             return unfold(-2.0 / ((points - self._mean + root) * root), below)
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L = (z - m) G - 1 - v G^2 / 2 - log G."""
         points, below = fold(z)
         g = self.stieltjes(points)
@@ -107,14 +108,14 @@ class MarchenkoPastur(SpectralMeasure):
     ((0.0, 0.75),)
     """
 
-    def __init__(self, ratio: float, variance: float = 1.0) -> None:
+    def __init__(self, ratio: float | int, variance: float | int = 1.0) -> None:
         self.ratio = positive("ratio", ratio)
         self.scale = positive("variance", variance)
 
     def __repr__(self) -> str:
         return f"MarchenkoPastur(ratio={self.ratio}, variance={self.scale})"
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = 2 / (B + s), B = z - v + c v, s = sqrt((z - a)(z - b)), without cancellation near 0."""
         points, below = fold(z)
         return unfold(self._evaluate(points)[0], below)
@@ -128,14 +129,14 @@ class MarchenkoPastur(SpectralMeasure):
             g = np.where(np.abs(total) >= np.abs(difference), 2.0 / total, difference / (2 * c * v * z))
         return np.asarray(g), root
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = (c v G^2 - G) / s."""
         points, below = fold(z)
         g, root = self._evaluate(points)
         with np.errstate(all="ignore"):
             return unfold((self.ratio * self.scale * g * g - g) / root, below)
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L = z G - 1 - log G + log(1 - c v G) / c."""
         points, below = fold(z)
         c, v = self.ratio, self.scale
@@ -169,7 +170,7 @@ class MarchenkoPastur(SpectralMeasure):
         return float(self.scale**k * sum(narayana))
 
 
-def free_poisson(rate: float, jump: float = 1.0) -> MarchenkoPastur:
+def free_poisson(rate: float | int, jump: float | int = 1.0) -> MarchenkoPastur:
     """Free Poisson law with free cumulants rate * jump^k, as the Marchenko-Pastur law that it is.
 
     >>> free_poisson(2.0).mean
@@ -186,7 +187,7 @@ class Arcsine(SpectralMeasure):
     2.0
     """
 
-    def __init__(self, low: float = -2.0, high: float = 2.0) -> None:
+    def __init__(self, low: float | int = -2.0, high: float | int = 2.0) -> None:
         self.low, self.high = finite("low", low), finite("high", high)
         if self.high <= self.low:
             raise ValueError(f"an arcsine law needs low < high, got {low} and {high}")
@@ -194,20 +195,20 @@ class Arcsine(SpectralMeasure):
     def __repr__(self) -> str:
         return f"Arcsine({self.low}, {self.high})"
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = 1 / sqrt((z - low)(z - high))."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
             return unfold(1.0 / two_cut_root(points, self.low, self.high), below)
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -(z - centre) G(z)^3."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
             cubed = two_cut_root(points, self.low, self.high) ** -3
             return unfold(-(points - 0.5 * (self.low + self.high)) * cubed, below)
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L = log((z - centre + sqrt((z - low)(z - high))) / 2)."""
         points, below = fold(z)
         root = two_cut_root(points, self.low, self.high)
@@ -226,5 +227,8 @@ class Arcsine(SpectralMeasure):
         if k < 0:
             raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
         centre, half = 0.5 * (self.low + self.high), 0.25 * (self.high - self.low)
-        terms = (comb(k, 2 * j) * comb(2 * j, j) * centre ** (k - 2 * j) * half ** (2 * j) for j in range(k // 2 + 1))
+        terms = (
+            comb(k, 2 * j) * comb(2 * j, j) * centre ** (k - 2 * j) * half ** (2 * j)
+            for j in range(k // 2 + 1)
+        )
         return float(sum(terms))

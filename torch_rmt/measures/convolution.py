@@ -8,13 +8,12 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import Complex, Float
-from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.cumulants import free_cumulants, moments_from_free_cumulants
 from torch_rmt.measures.edges import Points, build_mesh, find_support
 from torch_rmt.measures.geometry import Factor, Geometry, LogGeometry
-from torch_rmt.measures.half_plane import fold, unfold
+from torch_rmt.measures.half_plane import Numbers, fold, unfold
 from torch_rmt.measures.numeric import quantiles
 from torch_rmt.measures.subordination import Subordination, in_bulk, solve
 
@@ -24,10 +23,14 @@ _FLOOR = 1e-120  # of the hull: the smallest point at which a product is asked f
 def _log_around(z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
     """Logarithm with the cut on the positive axis, which belongs to its upper side."""
     angle = np.angle(z)
-    return np.asarray(np.log(np.abs(z)) + 1j * np.where(angle < -1e-9, angle + 2 * np.pi, np.maximum(angle, 0.0)))
+    return np.asarray(
+        np.log(np.abs(z)) + 1j * np.where(angle < -1e-9, angle + 2 * np.pi, np.maximum(angle, 0.0))
+    )
 
 
-def _heavy_atoms(factors: tuple[Factor, ...], allowance: float = 1.0) -> Iterator[tuple[tuple[float, ...], float]]:
+def _heavy_atoms(
+    factors: tuple[Factor, ...], allowance: float = 1.0
+) -> Iterator[tuple[tuple[float, ...], float]]:
     """Choices of one atom a factor whose missing masses, sum of n_i (1 - m_i) / Lambda_i, stay below the allowance."""
     if not factors:
         yield (), allowance
@@ -58,7 +61,7 @@ class FreeConvolution(SpectralMeasure):
         known = known or self.__dict__.get("mesh")  # if it was built already
         return solve(self.geometry, z, None if known is None else (known.x, known.coordinates))
 
-    def subordination(self, z: ArrayLike) -> Subordination:
+    def subordination(self, z: Numbers) -> Subordination:
         """Subordination functions w_i at points of the closed upper half-plane, flattened: G_i(w_i(z)) = G(z).
 
         Outlier theory needs them: a spike theta in the i-th summand makes an outlier at every z outside the support
@@ -70,7 +73,11 @@ class FreeConvolution(SpectralMeasure):
     @cached_property
     def residual(self) -> float:
         """Largest relative backward error of the equations at the points of the mesh."""
-        return float(solve(self.geometry, self.mesh.x.astype(complex), (self.mesh.x, self.mesh.coordinates)).residual.max())
+        return float(
+            solve(
+                self.geometry, self.mesh.x.astype(complex), (self.mesh.x, self.mesh.coordinates)
+            ).residual.max()
+        )
 
     @cached_property
     @abstractmethod
@@ -85,15 +92,17 @@ class FreeConvolution(SpectralMeasure):
     def _potential(self, z: Complex[np.ndarray, " n"], s: Subordination) -> np.ndarray:
         """L from a solution."""
 
-    def stieltjes_and_slope(self, z: ArrayLike) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+    def stieltjes_and_slope(
+        self, z: Numbers
+    ) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
         """G and G' from one solution."""
         points, below = fold(z)
-        flat = points.ravel()
+        flat = self._off_zero(points.ravel())
         with np.errstate(all="ignore"):
             g, slope = self._transform(flat, self._solve(flat))
         return unfold(g.reshape(points.shape), below), unfold(slope.reshape(points.shape), below)
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """Stieltjes transform, on the axis as its boundary value.
 
         Raises:
@@ -101,14 +110,14 @@ class FreeConvolution(SpectralMeasure):
         """
         return self.stieltjes_and_slope(z)[0]
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z), from the implicit function theorem."""
         return self.stieltjes_and_slope(z)[1]
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L(z) in closed form in the subordination functions."""
         points, below = fold(z)
-        flat = points.ravel()
+        flat = self._off_zero(points.ravel())
         with np.errstate(all="ignore"):
             value = self._potential(flat, self._solve(flat))
         return unfold(value.reshape(points.shape), below)
@@ -128,6 +137,10 @@ class FreeConvolution(SpectralMeasure):
         total = np.where(x < low, 0.0, np.where(x >= high, 1.0, np.clip(total, 0.0, 1.0)))
         return Points(x, total, density, slope, solution.coordinates)
 
+    def _off_zero(self, z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
+        """Points at which the coordinates exist: all, for sums."""
+        return z
+
     def _off_atoms(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """Points that are on an atom, moved to its right by a hair: F counts the atom, the rest is continuous."""
         low, high = self.hull
@@ -136,7 +149,7 @@ class FreeConvolution(SpectralMeasure):
             x = np.where(np.abs(x - location) < hair, location + hair, x)
         return x
 
-    def cdf_and_density(self, x: ArrayLike) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    def cdf_and_density(self, x: Numbers) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
         """F = 1 - Im L / pi, in closed form in the subordination functions, and the density, from one solution."""
         points = np.asarray(x, dtype=float)
         low, high = self.hull
@@ -147,15 +160,15 @@ class FreeConvolution(SpectralMeasure):
             total[inside], density[inside] = found.cdf, found.density
         return np.asarray(total), density
 
-    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def density(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Density of the continuous part, exactly on the axis."""
         return self.cdf_and_density(x)[1]
 
-    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Distribution function, in closed form in the subordination functions: no density is integrated."""
         return self.cdf_and_density(x)[0]
 
-    def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
+    def quantile(self, p: Numbers) -> Float[np.ndarray, "..."]:
         """Smallest x with F(x) >= p; the mesh gives the brackets."""
         levels = np.asarray(p, dtype=float)
         if not np.all((levels >= 0) & (levels <= 1)):
@@ -202,7 +215,10 @@ class FreeSum(FreeConvolution):
     @cached_property
     def _atoms(self) -> tuple[Atom, ...]:
         counts = [f.count for f in self.factors]
-        found = [(sum(n * a for n, a in zip(counts, place, strict=True)), mass) for place, mass in _heavy_atoms(self.factors)]
+        found = [
+            (sum(n * a for n, a in zip(counts, place, strict=True)), mass)
+            for place, mass in _heavy_atoms(self.factors)
+        ]
         return tuple(sorted(found))
 
     def atoms(self) -> tuple[Atom, ...]:
@@ -242,10 +258,17 @@ class FreeProduct(FreeConvolution):
         low, high = 1.0, 1.0
         for f in self.factors:
             a, b = f.law.bounds()
-            ends = [low * a**f.count, high * a**f.count, low * b**f.count, high * b**f.count] if a >= 0 else [
-                a * high, b * high, a * low, b * low]
+            ends = (
+                [low * a**f.count, high * a**f.count, low * b**f.count, high * b**f.count]
+                if a >= 0
+                else [a * high, b * high, a * low, b * low]
+            )
             low, high = min(ends), max(ends)
         return low, high
+
+    def _off_zero(self, z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
+        """0 itself, where the logarithm ends, is seen from the right."""
+        return np.where(z == 0, _FLOOR * max(self.hull[1], -self.hull[0]), z)
 
     def _off_atoms(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """As for sums; and 0 itself, where the logarithm ends, is seen from the right."""
@@ -270,7 +293,9 @@ class FreeProduct(FreeConvolution):
         value = np.log(z) - (s.common - log_rest)  # log z - log(1 + M)
         for f, w, coordinate in zip(self.factors, s.points, s.coordinates, strict=True):
             potential = f.law.log_potential(w) - coordinate
-            potential = potential + 2j * np.pi * (coordinate.imag > np.pi + 1e-9)  # continued through the negative axis
+            potential = potential + 2j * np.pi * (
+                coordinate.imag > np.pi + 1e-9
+            )  # continued through the negative axis
             own = s.common if f.dimension == 1.0 else _log_around(p - 1.0 + f.dimension)
             value = value + (f.count / f.dimension) * (potential + own - log_rest)
         return np.asarray(value)

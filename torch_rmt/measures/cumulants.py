@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import ArrayLike
+
+from torch_rmt.measures.half_plane import Numbers
 
 
 def _powers(moments: Float[np.ndarray, " n"], order: int) -> Float[np.ndarray, "m n"]:
@@ -17,7 +18,7 @@ def _powers(moments: Float[np.ndarray, " n"], order: int) -> Float[np.ndarray, "
     return rows
 
 
-def free_cumulants(moments: ArrayLike) -> Float[np.ndarray, " n"]:
+def free_cumulants(moments: Numbers) -> Float[np.ndarray, " n"]:
     """Free cumulants kappa_1 .. kappa_n of the moments m_1 .. m_n.
 
     m_n = sum_s kappa_s [x^(n - s)] (1 + sum_k m_k x^k)^s. Source: Nica and Speicher 2006, lecture 11.
@@ -33,7 +34,7 @@ def free_cumulants(moments: ArrayLike) -> Float[np.ndarray, " n"]:
     return kappa
 
 
-def moments_from_free_cumulants(cumulants: ArrayLike) -> Float[np.ndarray, " n"]:
+def moments_from_free_cumulants(cumulants: Numbers) -> Float[np.ndarray, " n"]:
     """Moments m_1 .. m_n of the free cumulants kappa_1 .. kappa_n.
 
     >>> moments_from_free_cumulants([1.0, 1.0, 1.0]).tolist()

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Complex, Float
-from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
-from torch_rmt.measures.half_plane import fold, unfold
+from torch_rmt.measures.half_plane import Numbers, fold, unfold
 
 _BLOCK = 1 << 15  # numbers held at once when points meet nodes: a few tables fit the second-level cache
 
@@ -26,15 +25,19 @@ class Discrete(SpectralMeasure):
     1.5
     """
 
-    def __init__(self, nodes: ArrayLike, weights: ArrayLike | None = None) -> None:
+    def __init__(self, nodes: Numbers, weights: Numbers | None = None) -> None:
         t = np.array(nodes, dtype=float).ravel()
         p = np.ones(t.shape) if weights is None else np.array(weights, dtype=float).ravel()
         if t.size == 0 or not np.all(np.isfinite(t)):
-            raise ValueError("Discrete needs at least one node and only finite ones: drop NaN or infinite values first")
+            raise ValueError(
+                "Discrete needs at least one node and only finite ones: drop NaN or infinite values first"
+            )
         if p.shape != t.shape:
             raise ValueError(f"Discrete needs one weight a node: {t.size} nodes, {p.size} weights")
         if not np.all(np.isfinite(p)) or np.any(p < 0) or p.sum() <= 0:
-            raise ValueError("Discrete needs finite weights >= 0 with a positive sum: a law has no negative mass")
+            raise ValueError(
+                "Discrete needs finite weights >= 0 with a positive sum: a law has no negative mass"
+            )
         kept = p > 0
         t, inverse = np.unique(t[kept], return_inverse=True)
         p = np.bincount(inverse, weights=p[kept])
@@ -51,7 +54,7 @@ class Discrete(SpectralMeasure):
             part = z[i : i + rows, None]
             yield slice(i, i + rows), part.real - self.nodes, part.imag
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = sum_i weights_i / (z - nodes_i)."""
         points = np.asarray(z, dtype=complex)
         flat = points.ravel()
@@ -64,7 +67,9 @@ class Discrete(SpectralMeasure):
                 g.real[rows] = q @ self.weights
         return g.reshape(points.shape)
 
-    def stieltjes_and_slope(self, z: ArrayLike) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+    def stieltjes_and_slope(
+        self, z: Numbers
+    ) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
         """Both sums from one table; real arithmetic is several times faster than complex division."""
         points = np.asarray(z, dtype=complex)
         flat = points.ravel()
@@ -79,11 +84,11 @@ class Discrete(SpectralMeasure):
                 slope.real[rows] = ((q - d) * (q + d)) @ self.weights
         return g.reshape(points.shape), slope.reshape(points.shape)
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -sum_i weights_i / (z - nodes_i)^2."""
         return self.stieltjes_and_slope(z)[1]
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L(z) = sum_i weights_i log(z - nodes_i)."""
         points, below = fold(z)
         flat = points.ravel()
@@ -106,17 +111,17 @@ class Discrete(SpectralMeasure):
         """Smallest and largest node."""
         return float(self.nodes[0]), float(self.nodes[-1])
 
-    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def density(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Zero everywhere: there is no continuous part."""
         return np.zeros(np.shape(np.asarray(x, dtype=float)))
 
-    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Sum of the weights of the nodes <= x."""
         steps = np.concatenate([[0.0], np.cumsum(self.weights)])
         steps[-1] = 1.0
         return np.asarray(steps[np.searchsorted(self.nodes, np.asarray(x, dtype=float), side="right")])
 
-    def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
+    def quantile(self, p: Numbers) -> Float[np.ndarray, "..."]:
         """Smallest node with F(node) >= p."""
         levels = np.asarray(p, dtype=float)
         if not np.all((levels >= 0) & (levels <= 1)):
@@ -143,7 +148,7 @@ class PointMass(Discrete):
     ((3.0, 1.0),)
     """
 
-    def __init__(self, location: float) -> None:
+    def __init__(self, location: float | int) -> None:
         super().__init__([location])
 
     @property
@@ -159,13 +164,13 @@ class Bernoulli(Discrete):
     0.25
     """
 
-    def __init__(self, mass: float, *, low: float = 0.0, high: float = 1.0) -> None:
+    def __init__(self, mass: float | int, *, low: float | int = 0.0, high: float | int = 1.0) -> None:
         if not 0.0 <= mass <= 1.0:
             raise ValueError(f"the mass of a Bernoulli law must lie in [0, 1], got {mass}")
         super().__init__([low, high], [1.0 - mass, mass])
 
 
-def empirical(samples: ArrayLike) -> Discrete:
+def empirical(samples: Numbers) -> Discrete:
     """Law of a drawn spectrum: equal weight on every sample.
 
     >>> float(empirical([1.0, 2.0, 3.0]).mean)

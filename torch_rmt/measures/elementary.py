@@ -6,11 +6,10 @@ from math import gamma, pi, sqrt
 
 import numpy as np
 from jaxtyping import Complex, Float
-from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.classical import finite, positive
-from torch_rmt.measures.half_plane import fold, two_cut_root, unfold
+from torch_rmt.measures.half_plane import Numbers, fold, two_cut_root, unfold
 
 
 class Uniform(SpectralMeasure):
@@ -20,7 +19,7 @@ class Uniform(SpectralMeasure):
     1.0
     """
 
-    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
+    def __init__(self, low: float | int = 0.0, high: float | int = 1.0) -> None:
         self.low, self.high = finite("low", low), finite("high", high)
         if self.high <= self.low:
             raise ValueError(f"a uniform law needs low < high, got {low} and {high}")
@@ -28,19 +27,21 @@ class Uniform(SpectralMeasure):
     def __repr__(self) -> str:
         return f"Uniform({self.low}, {self.high})"
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = (log(z - low) - log(z - high)) / (high - low)."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
-            return unfold((np.log(points - self.low) - np.log(points - self.high)) / (self.high - self.low), below)
+            return unfold(
+                (np.log(points - self.low) - np.log(points - self.high)) / (self.high - self.low), below
+            )
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -1 / ((z - low)(z - high))."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
             return unfold(-1.0 / ((points - self.low) * (points - self.high)), below)
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L = ((z - low) log(z - low) - (z - high) log(z - high)) / (high - low) - 1."""
         points, below = fold(z)
         total = np.zeros(points.shape, dtype=complex)
@@ -57,16 +58,16 @@ class Uniform(SpectralMeasure):
         """None."""
         return ()
 
-    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def density(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Constant on the interval."""
         points = np.asarray(x, dtype=float)
         return np.where((points >= self.low) & (points <= self.high), 1.0 / (self.high - self.low), 0.0)
 
-    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """(x - low) / (high - low), clipped to [0, 1]."""
         return np.asarray(np.clip((np.asarray(x, dtype=float) - self.low) / (self.high - self.low), 0.0, 1.0))
 
-    def quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
+    def quantile(self, p: Numbers) -> Float[np.ndarray, "..."]:
         """Linear in p."""
         levels = np.asarray(p, dtype=float)
         if not np.all((levels >= 0) & (levels <= 1)):
@@ -87,13 +88,13 @@ class QuarterCircle(SpectralMeasure):
     1.0
     """
 
-    def __init__(self, radius: float = 2.0) -> None:
+    def __init__(self, radius: float | int = 2.0) -> None:
         self.radius = positive("radius", radius)
 
     def __repr__(self) -> str:
         return f"QuarterCircle({self.radius})"
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G = (4 / (pi r^2)) (pi z / 2 + r - s (2 arctan((z - r)/s) + 2 arctan(r/s))), s = sqrt(z^2 - r^2)."""
         points, below = fold(z)
         r = self.radius
@@ -112,13 +113,15 @@ class QuarterCircle(SpectralMeasure):
         """None."""
         return ()
 
-    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def density(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """4 sqrt(r^2 - x^2) / (pi r^2)."""
         points = np.asarray(x, dtype=float)
         inside = (points >= 0) & (points <= self.radius)
-        return np.where(inside, 4 / (pi * self.radius**2) * np.sqrt(np.maximum(self.radius**2 - points**2, 0)), 0.0)
+        return np.where(
+            inside, 4 / (pi * self.radius**2) * np.sqrt(np.maximum(self.radius**2 - points**2, 0)), 0.0
+        )
 
-    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """(2 / pi)(u sqrt(1 - u^2) + arcsin u), u = x / r."""
         u = np.clip(np.asarray(x, dtype=float) / self.radius, 0.0, 1.0)
         return np.asarray(2 / pi * (u * np.sqrt(1 - u * u) + np.arcsin(u)))

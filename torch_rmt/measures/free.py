@@ -10,7 +10,7 @@ import numpy as np
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.measures.classical import Semicircle
 from torch_rmt.measures.composite import Affine, affine, dilate
-from torch_rmt.measures.convolution import FreeProduct, FreeSum
+from torch_rmt.measures.convolution import FreeConvolution, FreeProduct, FreeSum
 from torch_rmt.measures.discrete import Discrete, PointMass
 from torch_rmt.measures.geometry import Factor
 
@@ -19,6 +19,8 @@ def _point(measure: SpectralMeasure) -> float | None:
     """Location of a law that is one point, else None."""
     if isinstance(measure, Discrete):
         return float(measure.nodes[0]) if measure.nodes.size == 1 else None
+    if isinstance(measure, FreeConvolution):
+        return None
     low, high = measure.bounds()
     return low if low == high else None
 
@@ -132,7 +134,10 @@ def free_mul(*measures: SpectralMeasure) -> SpectralMeasure:
 
 
 def free_power(
-    measure: SpectralMeasure, n: float, *, kind: Literal["multiplicative", "additive"] = "multiplicative"
+    measure: SpectralMeasure,
+    n: float | int,
+    *,
+    kind: Literal["multiplicative", "additive"] = "multiplicative",
 ) -> SpectralMeasure:
     """Convolution of a law with itself n times, for any real n >= 1.
 
@@ -145,7 +150,9 @@ def free_power(
     Semicircle(variance=2.5, mean=0.0)
     """
     if not (np.isfinite(n) and n >= 1):
-        raise ValueError(f"a free power needs a finite exponent n >= 1 (below one the result need not be a law), got {n}")
+        raise ValueError(
+            f"a free power needs a finite exponent n >= 1 (below one the result need not be a law), got {n}"
+        )
     if kind == "additive":
         return _sum([(measure, float(n))])
     if kind == "multiplicative":
@@ -153,7 +160,7 @@ def free_power(
     raise ValueError(f'kind must be "multiplicative" or "additive", got {kind!r}')
 
 
-def free_compress(measure: SpectralMeasure, fraction: float) -> SpectralMeasure:
+def free_compress(measure: SpectralMeasure, fraction: float | int) -> SpectralMeasure:
     """Law of a corner: P X P seen in the range of a free projection P of rank `fraction`.
 
     Equals the additive power 1 / fraction, dilated by fraction. Source: Nica and Speicher 1996.
@@ -186,7 +193,9 @@ def rectangular_product(laws: Sequence[SpectralMeasure], widths: Sequence[int | 
     2.0
     """
     if len(widths) != len(laws) + 1 or not laws:
-        raise ValueError(f"{len(laws)} factors need {len(laws) + 1} widths, from input to output; got {len(widths)}")
+        raise ValueError(
+            f"{len(laws)} factors need {len(laws) + 1} widths, from input to output; got {len(widths)}"
+        )
     if any(not (np.isfinite(width) and width > 0) for width in widths):
         raise ValueError(f"widths must be positive, got {list(widths)}")
     scale, factors = 1.0, []

@@ -7,10 +7,9 @@ from math import exp, lgamma, log
 
 import numpy as np
 from jaxtyping import Complex, Float
-from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
-from torch_rmt.measures.half_plane import fold, unfold
+from torch_rmt.measures.half_plane import Numbers, fold, unfold
 
 _TABLE = 2000  # starting values of the inversion x -> angle
 
@@ -28,9 +27,11 @@ class FussCatalan(SpectralMeasure):
     12.0
     """
 
-    def __init__(self, order: float) -> None:
+    def __init__(self, order: float | int) -> None:
         if not (np.isfinite(order) and order >= 0):
-            raise ValueError(f"the order of a Fuss-Catalan law is a finite number >= 0 (its factors), got {order}")
+            raise ValueError(
+                f"the order of a Fuss-Catalan law is a finite number >= 0 (its factors), got {order}"
+            )
         self.order = float(order)
 
     def __repr__(self) -> str:
@@ -41,7 +42,9 @@ class FussCatalan(SpectralMeasure):
         s = self.order
         return (s + 1) * log(s + 1) - s * log(s) if s > 0 else 0.0
 
-    def _log_x(self, angle: Float[np.ndarray, " n"]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    def _log_x(
+        self, angle: Float[np.ndarray, " n"]
+    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Return log x and d log x / d sigma at sigma = log tan(tau / 2)."""
         s = self.order
         tau = 2 * np.arctan(np.exp(angle))
@@ -70,7 +73,9 @@ class FussCatalan(SpectralMeasure):
         angle, table = self._table
         target = np.log(x)
         edge = self._log_edge
-        start = np.interp(-np.log(np.maximum(edge - target, 1e-300)), -np.log(np.maximum(edge - table, 1e-300)), angle)
+        start = np.interp(
+            -np.log(np.maximum(edge - target, 1e-300)), -np.log(np.maximum(edge - table, 1e-300)), angle
+        )
         sigma = np.asarray(start)
         low, high = np.full(x.shape, angle[0]), np.full(x.shape, angle[-1])
         for _ in range(60):
@@ -86,7 +91,7 @@ class FussCatalan(SpectralMeasure):
                 break
         return sigma
 
-    def _axis(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _axis(self, x: Numbers) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return a mask of interior points and, there, tau, sin(tau) and t."""
         points = np.asarray(x, dtype=float)
         inner = np.asarray((points > 0) & (points < self.bounds()[1]) & (self.order > 0))
@@ -94,7 +99,7 @@ class FussCatalan(SpectralMeasure):
         tau = 2 * np.arctan(np.exp(sigma))
         return inner, tau, 1 / np.cosh(sigma), tau / (self.order + 1)
 
-    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def density(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """sin(tau) sin(t) / (pi x sin(s t))."""
         points = np.asarray(x, dtype=float)
         inner, tau, sine, t = self._axis(points)
@@ -104,7 +109,7 @@ class FussCatalan(SpectralMeasure):
         result[inner] = sine * np.sin(t) / (np.pi * points[inner] * np.sin(tau - t))
         return result
 
-    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """1 - (tau - s sin(t) sin(tau) / sin(s t)) / pi, in closed form."""
         points = np.asarray(x, dtype=float)
         inner, tau, sine, t = self._axis(points)
@@ -112,7 +117,7 @@ class FussCatalan(SpectralMeasure):
         result[inner] = 1.0 - (tau - self.order * np.sin(t) * sine / np.sin(tau - t)) / np.pi
         return result
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L = s M - log M."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
@@ -120,13 +125,13 @@ class FussCatalan(SpectralMeasure):
             value = self.order * m - np.log(m)
         return unfold(np.asarray(value), below)
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = (1 + M) / z."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
             return unfold(np.asarray((1.0 + self._m(points)) / points), below)
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G' = (M' - G) / z with z M' = M (1 + M) / (s M - 1)."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
@@ -168,7 +173,12 @@ class FussCatalan(SpectralMeasure):
             m = np.exp(ell[todo])
             guess = ell[todo] + step * (1 + m) / (s * m - 1)
             solved, error = self._newton(guess, np.log(there), 6)
-            good = (error < 1e-13) & (np.abs(solved - guess) < 0.2) & (solved.imag <= 1e-15) & (solved.imag >= -np.pi)
+            good = (
+                (error < 1e-13)
+                & (np.abs(solved - guess) < 0.2)
+                & (solved.imag <= 1e-15)
+                & (solved.imag >= -np.pi)
+            )
             good |= (error < 1e-13) & (ratio[todo] > 0.98)
             index = todo[good]
             ell[index], height[index], current[index] = solved[good], target[good], there[good]
@@ -176,7 +186,9 @@ class FussCatalan(SpectralMeasure):
             ratio[todo[~good]] = np.sqrt(ratio[todo[~good]])
             todo = todo[~(good & (target <= z.imag[todo]))]
         if todo.size:
-            raise ArithmeticError(f"{self!r}: no solution near z = {z[todo[0]]}; move the point off the edge of the support")
+            raise ArithmeticError(
+                f"{self!r}: no solution near z = {z[todo[0]]}; move the point off the edge of the support"
+            )
         return np.asarray(np.exp(ell))
 
     def _newton(self, ell: np.ndarray, log_z: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,11 @@ import numpy as np
 from jaxtyping import Bool, Complex
 from numpy.typing import ArrayLike
 
+# NumPy writes "complex" where it means any number, which run-time checkers take literally
+Numbers = ArrayLike | complex | float | int
 
-def fold(z: ArrayLike) -> tuple[Complex[np.ndarray, "..."], Bool[np.ndarray, "..."]]:
+
+def fold(z: Numbers) -> tuple[Complex[np.ndarray, "..."], Bool[np.ndarray, "..."]]:
     """Reflect z into the closed upper half-plane (imaginary part +0.0 on the axis) and say what was reflected."""
     points = np.asarray(z, dtype=complex)
     below = np.asarray(points.imag < 0)
@@ -17,13 +20,13 @@ def fold(z: ArrayLike) -> tuple[Complex[np.ndarray, "..."], Bool[np.ndarray, "..
     return folded, below
 
 
-def unfold(
-    values: Complex[np.ndarray, "..."], below: Bool[np.ndarray, "..."]
-) -> Complex[np.ndarray, "..."]:
+def unfold(values: Numbers, below: Bool[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
     """Undo `fold` on the values of a function with f(conj z) = conj f(z)."""
     return np.asarray(np.where(below, np.conj(values), values))
 
 
-def two_cut_root(z: Complex[np.ndarray, "..."], low: float, high: float) -> Complex[np.ndarray, "..."]:
+def two_cut_root(
+    z: Complex[np.ndarray, "..."], low: float | int, high: float | int
+) -> Complex[np.ndarray, "..."]:
     """sqrt((z - low)(z - high)) with the cut [low, high], of order z at infinity, for z in the closed upper half-plane."""
     return np.asarray(np.sqrt(z - low) * np.sqrt(z - high))

@@ -6,11 +6,10 @@ from math import sqrt
 
 import numpy as np
 from jaxtyping import Complex
-from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.classical import positive
-from torch_rmt.measures.half_plane import fold, two_cut_root, unfold
+from torch_rmt.measures.half_plane import Numbers, fold, two_cut_root, unfold
 
 
 class KestenMcKay(SpectralMeasure):
@@ -22,9 +21,11 @@ class KestenMcKay(SpectralMeasure):
     2.0
     """
 
-    def __init__(self, degree: float) -> None:
+    def __init__(self, degree: float | int) -> None:
         if not (np.isfinite(degree) and degree >= 2):
-            raise ValueError(f"a Kesten-McKay law needs a degree >= 2, got {degree}; below use free_power of a Bernoulli law")
+            raise ValueError(
+                f"a Kesten-McKay law needs a degree >= 2, got {degree}; below use free_power of a Bernoulli law"
+            )
         self.degree = float(degree)
 
     def __repr__(self) -> str:
@@ -33,14 +34,15 @@ class KestenMcKay(SpectralMeasure):
     def _parts(self, z: Complex[np.ndarray, "..."]) -> tuple[np.ndarray, np.ndarray]:
         root = two_cut_root(z, *self.support()[0])
         with np.errstate(all="ignore"):
-            return 2 * (self.degree - 1) / ((self.degree - 2) * z + self.degree * root), root
+            g = 2 * (self.degree - 1) / ((self.degree - 2) * z + self.degree * root)
+        return np.asarray(g), root
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = 2 (d - 1) / ((d - 2) z + d sqrt(z^2 - 4 (d - 1)))."""
         points, below = fold(z)
         return unfold(self._parts(points)[0], below)
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z), from the formula for G."""
         points, below = fold(z)
         g, root = self._parts(points)
@@ -48,7 +50,7 @@ class KestenMcKay(SpectralMeasure):
         with np.errstate(all="ignore"):
             return unfold(-(g**2) * (d - 2 + d * points / root) / (2 * (d - 1)), below)
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L = (d/2) log(w^2 - 1) + (d - 1) log G, w = (z + (d - 1)/G)/d."""
         points, below = fold(z)
         d = self.degree
@@ -83,9 +85,11 @@ class Wachter(SpectralMeasure):
     0.5
     """
 
-    def __init__(self, rank: float, corner: float) -> None:
+    def __init__(self, rank: float | int, corner: float | int) -> None:
         if not (0 < rank < 1 and 0 < corner < 1):
-            raise ValueError(f"rank and corner of a Wachter law must lie strictly between 0 and 1, got {rank} and {corner}")
+            raise ValueError(
+                f"rank and corner of a Wachter law must lie strictly between 0 and 1, got {rank} and {corner}"
+            )
         self.rank, self.corner = float(rank), float(corner)
 
     def __repr__(self) -> str:
@@ -105,12 +109,12 @@ class Wachter(SpectralMeasure):
             g = np.where(np.abs(minus) >= np.abs(plus), 2 * (1 - b) / minus, plus / (2 * b * z * (z - 1)))
         return np.asarray(g), root
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = 2 (1 - b) / (s - (2 b - 1) z - a + b), s = sqrt((z - low)(z - high))."""
         points, below = fold(z)
         return unfold(self._parts(points)[0], below)
 
-    def slope(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -b G^2 F', F' = (2 z - 1 - (2 b - 1) F) / s."""
         points, below = fold(z)
         g, root = self._parts(points)
@@ -118,7 +122,7 @@ class Wachter(SpectralMeasure):
         with np.errstate(all="ignore"):
             return unfold(-(b * g**2) * (2 * points - 1 - (2 * b - 1) / (b * g)) / root, below)
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L = ((1 - a) log w + a log(w - 1) - (1 - b) log F) / b + log b, w = z + (1 - b) F."""
         points, below = fold(z)
         a, b = self.rank, self.corner
@@ -126,7 +130,9 @@ class Wachter(SpectralMeasure):
             root = two_cut_root(points, *self.support()[0])
             linear = (2 * b - 1) * points + a - b
             plus, minus = root + linear, root - linear
-            f = np.where(np.abs(minus) >= np.abs(plus), minus / (2 * b * (1 - b)), 2 * points * (points - 1) / plus)
+            f = np.where(
+                np.abs(minus) >= np.abs(plus), minus / (2 * b * (1 - b)), 2 * points * (points - 1) / plus
+            )
             f = fold(np.where(f == 0, 1e-300, f))[0]
             w = points + (1 - b) * f
             value = ((1 - a) * np.log(w) + a * np.log(w - 1) - (1 - b) * np.log(f)) / b + np.log(b)
@@ -144,7 +150,7 @@ class Wachter(SpectralMeasure):
         return tuple((location, mass) for location, mass in masses if mass > 0)
 
 
-def jacobi(ratio_a: float, ratio_b: float) -> Wachter:
+def jacobi(ratio_a: float | int, ratio_b: float | int) -> Wachter:
     """Law of (A + B)^(-1/2) A (A + B)^(-1/2) for Wishart A, B with dimension / samples = ratio_a, ratio_b.
 
     >>> jacobi(0.5, 0.5)

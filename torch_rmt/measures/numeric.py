@@ -6,7 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Complex, Float
-from numpy.typing import ArrayLike
+
+from torch_rmt.measures.half_plane import Numbers
 
 _CONTOUR_POINTS = 160  # on a circle of 1.5 times the radius the error is 1.5^-320
 _DECADES = 16.0  # of height that a vertical line crosses on its way down to the axis
@@ -17,15 +18,15 @@ _PANELS, _NODES = 36, 8  # Gauss-Legendre panels of one unit of log height: 1e-1
 class Transformed(Protocol):
     """What the functions of this module need of a measure."""
 
-    def stieltjes(self, z: ArrayLike) -> np.ndarray: ...
-    def log_potential(self, z: ArrayLike) -> np.ndarray: ...
-    def cdf(self, x: ArrayLike) -> np.ndarray: ...
-    def cdf_and_density(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray]: ...
+    def stieltjes(self, z: Numbers) -> np.ndarray: ...
+    def log_potential(self, z: Numbers) -> np.ndarray: ...
+    def cdf(self, x: Numbers) -> np.ndarray: ...
+    def cdf_and_density(self, x: Numbers) -> tuple[np.ndarray, np.ndarray]: ...
     def bounds(self) -> tuple[float, float]: ...
     def atoms(self) -> tuple[tuple[float, float], ...]: ...
 
 
-def _circle(hull: tuple[float, float], stretch: float) -> tuple[float, float]:
+def _circle(hull: tuple[float, float], stretch: float | int) -> tuple[float, float]:
     low, high = hull
     centre, radius = 0.5 * (low + high), 0.5 * (high - low)
     return centre, stretch * max(radius, 1e-3 * abs(centre), 1e-300)
@@ -134,7 +135,10 @@ def _split(low: Float[np.ndarray, " n"], high: Float[np.ndarray, " n"]) -> Float
 
 
 def _invert(
-    measure: Transformed, p: Float[np.ndarray, " n"], lower: Float[np.ndarray, " n"], upper: Float[np.ndarray, " n"]
+    measure: Transformed,
+    p: Float[np.ndarray, " n"],
+    lower: Float[np.ndarray, " n"],
+    upper: Float[np.ndarray, " n"],
 ) -> Float[np.ndarray, " n"]:
     x = _split(lower, upper)
     active = np.arange(p.size)
@@ -150,7 +154,9 @@ def _invert(
         inside = (newton > lower[active]) & (newton < upper[active]) & (step % 4 != 3)
         move = np.where(inside, newton, _split(lower[active], upper[active]))
         small = np.abs(error) <= 2e-15
-        tight = upper[active] - lower[active] <= 4e-16 * np.maximum(np.abs(lower[active]), np.abs(upper[active]))
+        tight = upper[active] - lower[active] <= 4e-16 * np.maximum(
+            np.abs(lower[active]), np.abs(upper[active])
+        )
         settled = inside & (np.abs(move - value) <= 1e-15 * np.abs(value))
         x[active] = np.where(small, value, np.where(tight, upper[active], move))
         active = active[~(small | tight | settled)]

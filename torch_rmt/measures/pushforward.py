@@ -8,11 +8,11 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Complex, Float
 from numpy.polynomial import chebyshev
-from numpy.typing import ArrayLike
 from scipy.special import erf, ndtr
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
-from torch_rmt.measures.half_plane import fold, unfold
+from torch_rmt.measures.discrete import Discrete
+from torch_rmt.measures.half_plane import Numbers, fold, unfold
 
 _REACH = 8.5  # standard deviations: 2e-17 of the mass is left out
 _PANEL = 0.5  # width of a panel in standard deviations, halved where fn is not resolved
@@ -37,13 +37,20 @@ class GaussianPushforward(SpectralMeasure):
     ((0.0, 0.5), (1.0, 0.5))
     """
 
-    def __init__(self, fn: Callable[[np.ndarray], np.ndarray], variance: float, kinks: Sequence[float] = ()) -> None:
+    def __init__(
+        self, fn: Callable[[np.ndarray], np.ndarray], variance: float | int, kinks: Sequence[float | int] = ()
+    ) -> None:
         if not (np.isfinite(variance) and variance > 0):
-            raise ValueError(f"variance must be a finite number > 0, got {variance}; fn(0) alone is a PointMass")
+            raise ValueError(
+                f"variance must be a finite number > 0, got {variance}; fn(0) alone is a PointMass"
+            )
         self.fn, self.gaussian_variance, self.kinks = fn, float(variance), tuple(float(k) for k in kinks)
         sigma = np.sqrt(self.gaussian_variance)
         cuts = np.unique(np.clip([-_REACH, *(k / sigma for k in self.kinks), _REACH], -_REACH, _REACH))
-        edges = [np.linspace(a, b, int(np.ceil((b - a) / _PANEL)) + 1) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        edges = [
+            np.linspace(a, b, int(np.ceil((b - a) / _PANEL)) + 1)
+            for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+        ]
         left, right = np.concatenate([e[:-1] for e in edges]), np.concatenate([e[1:] for e in edges])
         left, right = self._monotone(*self._resolved(left, right))
         values = self._values(left, right)
@@ -59,16 +66,25 @@ class GaussianPushforward(SpectralMeasure):
         self._gauss = weight * np.exp(-0.5 * self._nodes**2) / np.sqrt(2 * np.pi)
         self._weight = weight
         self._coefficients = _fit(self._values_at)
-        self._ends = np.stack([_evaluate(self._coefficients, -np.ones(keep.sum())), _evaluate(self._coefficients, np.ones(keep.sum()))]).real
+        ends = np.stack([_evaluate(self._coefficients, np.full(keep.sum(), e)) for e in (-1.0, 1.0)])
+        lowest, highest = self._values_at.min(axis=1), self._values_at.max(axis=1)
+        # rounding at an end must not carry a function of one sign across zero
+        self._ends = np.where(
+            lowest >= 0, np.maximum(ends, 0.0), np.where(highest <= 0, np.minimum(ends, 0.0), ends)
+        )
 
     def __repr__(self) -> str:
         return f"GaussianPushforward({getattr(self.fn, '__name__', self.fn)!s}, variance={self.gaussian_variance})"
 
     def _values(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         t, _ = _nodes(left, right)
-        values = np.asarray(self.fn(np.sqrt(self.gaussian_variance) * t.ravel()), dtype=float).reshape(t.shape)
+        values = np.asarray(self.fn(np.sqrt(self.gaussian_variance) * t.ravel()), dtype=float).reshape(
+            t.shape
+        )
         if not np.all(np.isfinite(values)):
-            raise ValueError(f"the function is not finite within {_REACH} standard deviations of 0: its law is no law")
+            raise ValueError(
+                f"the function is not finite within {_REACH} standard deviations of 0: its law is no law"
+            )
         return values
 
     def _resolved(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,17 +127,19 @@ class GaussianPushforward(SpectralMeasure):
         z: Complex[np.ndarray, " n"],
         weights: np.ndarray,
         residue: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    ) -> Complex[np.ndarray, " n"]:
-        """Sum over panels of the integral of psi(t) / (z - fn(t)), psi at the nodes in `weights`, `residue` psi / fn'."""
-        result = np.empty_like(z)
-        block = max(1, (1 << 16) // max(1, self._values_at.size))
-        flat_values, flat_weights = self._values_at.ravel(), weights.ravel()
-        with np.errstate(all="ignore"):
-            for i in range(0, z.size, block):
-                result[i : i + block] = (1.0 / (z[i : i + block, None] - flat_values)) @ flat_weights
-            low, high = self._ends.min(axis=0), self._ends.max(axis=0)
-            outside = np.maximum(np.maximum(low - z.real[:, None], z.real[:, None] - high), 0.0)
-            near = np.hypot(outside, z.imag[:, None]) <= _CLOSE * (high - low)
+        with_slope: bool = False,
+    ) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
+        """Sum over panels of the integral of psi(t) / (z - fn(t)), and its derivative if psi is the Gaussian density.
+
+        psi at the nodes is in `weights`; `residue` is psi / fn' at a pole.
+        """
+        if not self._values_at.size:
+            return np.zeros_like(z), np.zeros_like(z)
+        nodes = _Sum(self._values_at.ravel(), weights.ravel())
+        result, slope = nodes.stieltjes_and_slope(z) if with_slope else (nodes.stieltjes(z), np.zeros_like(z))
+        low, high = self._ends.min(axis=0), self._ends.max(axis=0)
+        outside = np.maximum(np.maximum(low - z.real[:, None], z.real[:, None] - high), 0.0)
+        near = np.hypot(outside, z.imag[:, None]) <= _CLOSE * (high - low)
         for which, panel in _pairs(near):
             t0, ok = self._pole(z[which], panel)
             which, panel, t0 = which[ok], panel[ok], t0[ok]
@@ -131,10 +149,16 @@ class GaussianPushforward(SpectralMeasure):
                 exact = np.log(t0 - a) - np.log(t0 - b)
                 rising = self._ends[1, panel] > self._ends[0, panel]
                 exact = np.where(rising, exact, np.conj(np.log(np.conj(t0) - a) - np.log(np.conj(t0) - b)))
-                crude = (self._weight[panel] / (t0[:, None] - self._nodes[panel])).sum(axis=1)
-                term = share * (exact - crude)
-            np.add.at(result, which, np.where(np.isfinite(term), term, 0.0))
-        return result
+                inverse = 1.0 / (t0[:, None] - self._nodes[panel])
+                rest = exact - (self._weight[panel] * inverse).sum(axis=1)
+                term = share * rest
+                np.add.at(result, which, np.where(np.isfinite(term), term, 0.0))
+                if with_slope:
+                    first, second = self._derivatives(t0, panel)
+                    change = 1.0 / (t0 - a) - 1.0 / (t0 - b) + (self._weight[panel] * inverse**2).sum(axis=1)
+                    term = share * (rest * (-t0 - second / first) + change) / first
+                    np.add.at(slope, which, np.where(np.isfinite(term), term, 0.0))
+        return result, slope
 
     def _pole(self, z: np.ndarray, panel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Solve fn(t) = z on the panel's own polynomial; whether a root was found near the panel."""
@@ -160,26 +184,43 @@ class GaussianPushforward(SpectralMeasure):
         t.imag = np.where(axis & ok, np.where(rising, np.abs(t.imag), -np.abs(t.imag)), t.imag)
         return t, ok
 
-    def _derivative(self, t: np.ndarray, panel: np.ndarray) -> np.ndarray:
+    def _derivatives(self, t: np.ndarray, panel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """fn' and fn'' of the standardised argument, from the panel's polynomial."""
         half = 0.5 * (self._right[panel] - self._left[panel])
         x = (t - 0.5 * (self._right[panel] + self._left[panel])) / half
-        return _evaluate(chebyshev.chebder(self._coefficients[panel], axis=1), x) / half
+        first = chebyshev.chebder(self._coefficients[panel], axis=1)
+        return _evaluate(first, x) / half, _evaluate(chebyshev.chebder(first, axis=1), x) / half**2
 
-    def stieltjes(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def _residue(self, t: np.ndarray, panel: np.ndarray) -> np.ndarray:
+        return np.asarray(np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi) / self._derivatives(t, panel)[0])
+
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = E 1/(z - fn(sqrt(variance) Z))."""
         points, below = fold(z)
         flat = points.ravel()
-
-        def residue(t: np.ndarray, panel: np.ndarray) -> np.ndarray:
-            return np.asarray(np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi) / self._derivative(t, panel))
-
         with np.errstate(all="ignore"):
-            result = self._cauchy(flat, self._gauss, residue)
+            result, _ = self._cauchy(flat, self._gauss, self._residue)
             for location, mass in self._atoms:
                 result = result + mass / (flat - location)
         return unfold(result.reshape(points.shape), below)
 
-    def log_potential(self, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+    def stieltjes_and_slope(
+        self, z: Numbers
+    ) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+        """G and G' from one table and one search for poles."""
+        points, below = fold(z)
+        flat = points.ravel()
+        with np.errstate(all="ignore"):
+            result, slope = self._cauchy(flat, self._gauss, self._residue, with_slope=True)
+            for location, mass in self._atoms:
+                result, slope = result + mass / (flat - location), slope - mass / (flat - location) ** 2
+        return unfold(result.reshape(points.shape), below), unfold(slope.reshape(points.shape), below)
+
+    def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
+        """G'(z) = -E 1/(z - fn)^2."""
+        return self.stieltjes_and_slope(z)[1]
+
+    def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """L(z) = E log(z - fn), by parts on each panel: the same Cauchy integrals with the panel's distribution function."""
         points, below = fold(z)
         flat = points.ravel()
@@ -192,7 +233,7 @@ class GaussianPushforward(SpectralMeasure):
             return np.asarray(0.5 * (erf(t / np.sqrt(2)) - erf(self._left[panel] / np.sqrt(2))))
 
         with np.errstate(all="ignore"):
-            result = self._cauchy(flat, inside * slope * self._weight, residue)
+            result, _ = self._cauchy(flat, inside * slope * self._weight, residue)
             last = self._ends[1, panels]
             result = result + np.log(flat[:, None] - last) @ self._mass
             for location, mass in self._atoms:
@@ -204,7 +245,7 @@ class GaussianPushforward(SpectralMeasure):
         slope = chebyshev.chebder(self._coefficients, axis=1)
         return np.asarray(chebyshev.chebval(x, slope.T) / half[:, None])
 
-    def cdf(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Gaussian mass of the set where fn <= x, from its roots on the monotone panels."""
         points = np.asarray(x, dtype=float)
         flat = points.ravel()
@@ -223,7 +264,7 @@ class GaussianPushforward(SpectralMeasure):
         result = np.where(flat < lowest, 0.0, np.where(flat >= highest, 1.0, result))
         return np.asarray(np.clip(result, 0.0, 1.0).reshape(points.shape))
 
-    def density(self, x: ArrayLike) -> Float[np.ndarray, "..."]:
+    def density(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Sum over the roots of fn(t) = x of the Gaussian density over |fn'|."""
         points = np.asarray(x, dtype=float)
         flat = points.ravel()
@@ -233,7 +274,7 @@ class GaussianPushforward(SpectralMeasure):
             t, _ = self._pole(flat[which].astype(complex), panel)
             t = t.real
             with np.errstate(all="ignore"):
-                term = np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi) / np.abs(self._derivative(t, panel))
+                term = np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi) / np.abs(self._derivatives(t, panel)[0])
             np.add.at(result, which, term.real)
         return result.reshape(points.shape)
 
@@ -261,7 +302,17 @@ class GaussianPushforward(SpectralMeasure):
         """E fn^k."""
         if k < 0:
             raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
-        return float((self._gauss * self._values_at**k).sum() + sum(mass * location**k for location, mass in self._atoms))
+        return float(
+            (self._gauss * self._values_at**k).sum()
+            + sum(mass * location**k for location, mass in self._atoms)
+        )
+
+
+class _Sum(Discrete):
+    """Nodes with weights of any sign and sum, not sorted: only for its sums."""
+
+    def __init__(self, nodes: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> None:
+        self.nodes, self.weights = nodes, weights
 
 
 def _pairs(near: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -290,10 +341,12 @@ def _evaluate(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.asarray(coefficients[:, 0] + x * one - two)
 
 
-def _gather(values: np.ndarray, mass: np.ndarray, size: float) -> tuple[Atom, ...]:
+def _gather(values: np.ndarray, mass: np.ndarray, size: float | int) -> tuple[Atom, ...]:
     """Join equal values."""
     atoms: list[Atom] = []
     for i in np.argsort(values):
+        if mass[i] <= 0.0:
+            continue
         if atoms and values[i] - atoms[-1][0] <= 1e-13 * size:
             atoms[-1] = (atoms[-1][0], atoms[-1][1] + float(mass[i]))
         else:

@@ -7,14 +7,13 @@ from functools import singledispatch
 
 import numpy as np
 from jaxtyping import Complex
-from numpy.typing import ArrayLike
 
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.measures.classical import MarchenkoPastur, Semicircle
 from torch_rmt.measures.discrete import PointMass
 from torch_rmt.measures.fuss_catalan import FussCatalan
 from torch_rmt.measures.geometry import Factor
-from torch_rmt.measures.half_plane import fold
+from torch_rmt.measures.half_plane import Numbers, fold
 from torch_rmt.measures.subordination import ConvergenceError
 
 _START = 1e-3  # share of the way at which the leading term of the inverse is near enough for Newton
@@ -27,7 +26,7 @@ def _shift(factor: Factor, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(below, np.conj(h), h), np.where(below, np.conj(dh), dh)
 
 
-def m_transform(measure: SpectralMeasure, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+def m_transform(measure: SpectralMeasure, z: Numbers) -> Complex[np.ndarray, "..."]:
     """M(z) = z G(z) - 1 = sum_k m_k z^-k, without cancellation at large z; psi(u) = M(1/u).
 
     >>> complex(m_transform(PointMass(1.0), 3.0))
@@ -39,7 +38,7 @@ def m_transform(measure: SpectralMeasure, z: ArrayLike) -> Complex[np.ndarray, "
     return np.asarray((-h / (flat + h)).reshape(points.shape))
 
 
-def eta_transform(measure: SpectralMeasure, u: ArrayLike) -> Complex[np.ndarray, "..."]:
+def eta_transform(measure: SpectralMeasure, u: Numbers) -> Complex[np.ndarray, "..."]:
     """eta(u) = psi(u) / (1 + psi(u)), psi(u) = integral of u t / (1 - u t) rho(dt), for u not 0.
 
     >>> complex(eta_transform(PointMass(2.0), 0.25))
@@ -54,7 +53,9 @@ def eta_transform(measure: SpectralMeasure, u: ArrayLike) -> Complex[np.ndarray,
 _Step = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def _follow(w: np.ndarray, target: Callable[[np.ndarray, np.ndarray], np.ndarray], newton: _Step, name: str) -> np.ndarray:
+def _follow(
+    w: np.ndarray, target: Callable[[np.ndarray, np.ndarray], np.ndarray], newton: _Step, name: str
+) -> np.ndarray:
     """Newton along s -> target(s, index), s from `_START` to 1; the steps shrink where Newton does not settle."""
     w = w.copy()
     s, ratio = np.full(w.shape, _START), np.full(w.shape, 2.0)
@@ -79,7 +80,7 @@ def _follow(w: np.ndarray, target: Callable[[np.ndarray, np.ndarray], np.ndarray
     )
 
 
-def inverse_stieltjes(measure: SpectralMeasure, g: ArrayLike) -> Complex[np.ndarray, "..."]:
+def inverse_stieltjes(measure: SpectralMeasure, g: Numbers) -> Complex[np.ndarray, "..."]:
     """K(g) with G(K(g)) = g, the branch with K ~ 1/g at 0, continued along the ray from 0 to g.
 
     Raises:
@@ -93,7 +94,9 @@ def inverse_stieltjes(measure: SpectralMeasure, g: ArrayLike) -> Complex[np.ndar
     factor = Factor(measure)
     centre = measure.mean
     # start so small that the first target is far outside the support
-    shrink = np.minimum(1.0, 1.0 / (np.maximum(np.abs(flat), 1e-300) * 50 * max(factor.radius, 1e-300))) / _START
+    shrink = (
+        np.minimum(1.0, 1.0 / (np.maximum(np.abs(flat), 1e-300) * 50 * max(factor.radius, 1e-300))) / _START
+    )
 
     def target(s: np.ndarray, index: np.ndarray) -> np.ndarray:
         grown = np.exp(np.log(s) / np.log(_START) * np.log(np.minimum(_START * shrink[index], 1.0)))
@@ -109,7 +112,7 @@ def inverse_stieltjes(measure: SpectralMeasure, g: ArrayLike) -> Complex[np.ndar
     return np.asarray(_follow(start, target, newton, "G").reshape(points.shape))
 
 
-def inverse_m(measure: SpectralMeasure, u: ArrayLike) -> Complex[np.ndarray, "..."]:
+def inverse_m(measure: SpectralMeasure, u: Numbers) -> Complex[np.ndarray, "..."]:
     """z with M(z) = u, the branch with z ~ mean / u at 0, continued along the ray from 0 to u.
 
     Raises:
@@ -124,7 +127,9 @@ def inverse_m(measure: SpectralMeasure, u: ArrayLike) -> Complex[np.ndarray, "..
     factor = Factor(measure)
     centre = measure.mean
     if abs(centre) <= 1e-12 * max(factor.radius, 1e-300):
-        raise ValueError("M and S have no inverse near 0 for a law of mean zero; shift the law or use its square")
+        raise ValueError(
+            "M and S have no inverse near 0 for a law of mean zero; shift the law or use its square"
+        )
     shrink = np.minimum(1.0, abs(centre) / (np.maximum(np.abs(flat), 1e-300) * 50 * factor.radius)) / _START
 
     def target(s: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -143,7 +148,7 @@ def inverse_m(measure: SpectralMeasure, u: ArrayLike) -> Complex[np.ndarray, "..
 
 
 @singledispatch
-def r_transform(measure: SpectralMeasure, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+def r_transform(measure: SpectralMeasure, z: Numbers) -> Complex[np.ndarray, "..."]:
     """R(z) = K(z) - 1/z with G(K(z)) = z; it adds under `free_add`.
 
     In closed form for the laws registered here (`r_transform.register` takes more), else by continuation from 0.
@@ -161,22 +166,22 @@ def r_transform(measure: SpectralMeasure, z: ArrayLike) -> Complex[np.ndarray, "
 
 
 @r_transform.register
-def _(measure: Semicircle, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+def _(measure: Semicircle, z: Numbers) -> Complex[np.ndarray, "..."]:
     return np.asarray(measure.mean + measure.variance * np.asarray(z, dtype=complex))
 
 
 @r_transform.register
-def _(measure: MarchenkoPastur, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+def _(measure: MarchenkoPastur, z: Numbers) -> Complex[np.ndarray, "..."]:
     return np.asarray(measure.scale / (1.0 - measure.ratio * measure.scale * np.asarray(z, dtype=complex)))
 
 
 @r_transform.register
-def _(measure: PointMass, z: ArrayLike) -> Complex[np.ndarray, "..."]:
+def _(measure: PointMass, z: Numbers) -> Complex[np.ndarray, "..."]:
     return np.full(np.shape(np.asarray(z)), measure.location, dtype=complex)
 
 
 @singledispatch
-def s_transform(measure: SpectralMeasure, u: ArrayLike) -> Complex[np.ndarray, "..."]:
+def s_transform(measure: SpectralMeasure, u: Numbers) -> Complex[np.ndarray, "..."]:
     """S(u) = (1 + u) / (u M^-1(u)); it multiplies under `free_mul`. The mean must not be 0.
 
     In closed form for the laws registered here (`s_transform.register` takes more), else by continuation from 0.
@@ -196,15 +201,15 @@ def s_transform(measure: SpectralMeasure, u: ArrayLike) -> Complex[np.ndarray, "
 
 
 @s_transform.register
-def _(measure: MarchenkoPastur, u: ArrayLike) -> Complex[np.ndarray, "..."]:
+def _(measure: MarchenkoPastur, u: Numbers) -> Complex[np.ndarray, "..."]:
     return np.asarray(1.0 / (measure.scale * (1.0 + measure.ratio * np.asarray(u, dtype=complex))))
 
 
 @s_transform.register
-def _(measure: FussCatalan, u: ArrayLike) -> Complex[np.ndarray, "..."]:
+def _(measure: FussCatalan, u: Numbers) -> Complex[np.ndarray, "..."]:
     return np.asarray((1.0 + np.asarray(u, dtype=complex)) ** -measure.order)
 
 
 @s_transform.register
-def _(measure: PointMass, u: ArrayLike) -> Complex[np.ndarray, "..."]:
+def _(measure: PointMass, u: Numbers) -> Complex[np.ndarray, "..."]:
     return np.full(np.shape(np.asarray(u)), 1.0 / measure.location, dtype=complex)
