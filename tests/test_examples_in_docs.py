@@ -54,3 +54,10 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_every_law_of_the_readme_exists() -> None:
+    names = re.findall(r"`(measures|theory)\.(\w+)`", (ROOT / "README.md").read_text())
+    assert len(names) >= 20
+    for package, name in names:
+        assert hasattr(importlib.import_module(f"torch_rmt.{package}"), name), f"{package}.{name}"
