@@ -200,9 +200,12 @@ class SpectralCallback(LightningCallback):
         self, trainer: Any, name: str, measurement: Measurement, point: Point, *, last: bool
     ) -> bool:
         cost = self._costs.get(name)
+        first = cost is None
         if cost is None:
             cost = measurement.gradients * gradient_seconds(point)
-        allowed = self.budget.affords(cost, reserve=None if last else math.fsum(self._costs.values()))
+        # The first of its kind may take all that is left, and tells what the next will take.
+        reserve = None if first or last else math.fsum(self._costs.values())
+        allowed = self.budget.affords(cost, reserve=reserve)
         if trainer.world_size > 1:
             # Processes that disagree would wait for each other inside the model's collectives.
             allowed = bool(trainer.strategy.broadcast(allowed))

@@ -333,4 +333,5 @@ def _quiet() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*skips a .* spectrum.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

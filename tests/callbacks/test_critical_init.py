@@ -58,7 +58,7 @@ def test_the_monitor_measures_after_it_whatever_the_order() -> None:
 
     for order in (lambda a, b: [a, b], lambda a, b: [b, a]):
         torch.manual_seed(0)
-        init, monitor = CriticalInit(), JacobianSpectrum(sinks=[Keep()])
+        init, monitor = CriticalInit(), JacobianSpectrum(sinks=[Keep()], max_seconds=1e9)
         fit(Snapshots(deep()), order(init, monitor), epochs=1)
     first = [report for step, report in kept if step == 0]
     assert [r.scalars()["mean"] for r in first] == [pytest.approx(1.0, rel=0.5)] * 2
@@ -106,9 +106,7 @@ def test_a_resumed_run_keeps_its_weights(tmp_path: Path) -> None:
 
     def resume(name: str, callbacks: list[Any]) -> dict[str, torch.Tensor]:
         module = Snapshots(mlp())
-        settings = dict.fromkeys(
-            ("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
-        )
+        settings = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
         again = pl.Trainer(max_epochs=2, callbacks=callbacks, logger=False, accelerator="cpu", **settings)
         again.fit(module, DataLoader(blobs(), batch_size=16), ckpt_path=str(tmp_path / name))
         return module.at_start

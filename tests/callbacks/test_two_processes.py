@@ -20,7 +20,7 @@ from torch_rmt.callbacks import CriticalInit, SpectralMonitor
 out, watched = Path(sys.argv[1]), sys.argv[2] == "with"
 torch.manual_seed(0)
 module = Classifier(norm_and_dropout())
-monitor = SpectralMonitor(schedule=lambda step: step % 2 == 0)
+monitor = SpectralMonitor(schedule=lambda step: step % 4 == 0, max_seconds=1e9)
 callbacks = [CriticalInit(), monitor] if watched else [CriticalInit()]
 trainer = pl.Trainer(
     max_epochs=2, strategy="ddp", devices=2, accelerator="cpu", callbacks=callbacks, log_every_n_steps=1,
