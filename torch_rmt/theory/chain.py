@@ -239,7 +239,7 @@ class Chain:
         return order > 1.5 or any(low == 0.0 for kind in self.kinds for low, _ in kind.law.ranges)
 
     @cached_property
-    def _intervals(self) -> tuple[tuple[float, float, Reals, Points, Inner], ...]:
+    def _intervals(self) -> tuple[tuple[float, float, np.ndarray, np.ndarray, np.ndarray], ...]:
         """(log low, log high, t, y, v) for each interval of the spectrum."""
         top = self._top()
         # Where less than 1e-13 of the mass is left below, nothing more is looked for.
@@ -328,7 +328,7 @@ class Chain:
         """(log low, log high) of each interval of the spectrum; -inf for a hard edge at zero."""
         return tuple((low, high) for low, high, _, _, _ in self._intervals)
 
-    def knots(self) -> tuple[Reals, ...]:
+    def knots(self) -> tuple[np.ndarray, ...]:
         """The t of each table."""
         return tuple(t for _, _, t, _, _ in self._intervals)
 
@@ -346,7 +346,7 @@ class Chain:
         return np.exp(v), np.exp(y)
 
     def _solve_in(
-        self, t: Reals, low: float, high: float, knots: Reals, y_knots: Points, v_knots: Inner
+        self, t: Reals, low: float, high: float, knots: np.ndarray, y_knots: np.ndarray, v_knots: np.ndarray
     ) -> tuple[Points, Inner]:
         def straight(values: Reals) -> Reals:
             if np.isinf(low):
@@ -355,7 +355,7 @@ class Chain:
 
         at, want = straight(knots), straight(t)
 
-        def follow(values: Points) -> Points:
+        def follow(values: np.ndarray) -> np.ndarray:
             # Linear through the last two knots towards an edge: y moves as the square root of the distance.
             ends = np.array([at[0] - (at[1] - at[0]), at[-1] + (at[-1] - at[-2])])
             padded = np.concatenate([[2 * values[0] - values[1]], values, [2 * values[-1] - values[-2]]])

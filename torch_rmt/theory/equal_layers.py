@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from torch_rmt.theory.slope_law import NodeLaw, x_log_x
 
 Points = Complex[np.ndarray, " points"]
 Reals = Float[np.ndarray, " points"]
+Knots = Float[np.ndarray, " knots"]
 
 _TABLE = 96
 _DEEPEST = -680.0  # log of the smallest lambda that is looked for: beyond it float64 underflows
@@ -43,11 +45,14 @@ class EqualLayers:
     def _with_slope(self, w: Points) -> tuple[Points, Points, Points, Points]:
         u, above, slope = self.law.transform(w)
         outer = 1.0 if self.gaussian else 1.0 - self.depth
-        log_u = np.log(u)
-        t = outer * (np.log(above) - log_u) + self.depth * np.log(w)
+        # One layer's factor is near one; its logarithm is taken of the product, whose error depth multiplies.
+        per_layer = u * w if self.gaussian else u * w / above
+        angle_u, angle_above = np.angle(u), np.angle(above)
+        turn = angle_u + np.angle(w) - (0.0 if self.gaussian else angle_above)
+        t = np.log(np.abs(above / u)) + self.depth * np.log(np.abs(per_layer))
+        t = t + 1j * (angle_above - angle_u + self.depth * turn)
         rate = -outer * slope * w / (u * above) + self.depth
         if self.gaussian:
-            t = t + self.depth * log_u
             rate = rate + self.depth * slope * w / u
         return t, rate, u, slope
 
@@ -107,7 +112,7 @@ class EqualLayers:
         return parts
 
     @staticmethod
-    def _turn(gap: object, a: float, b: float, bad_rate: float) -> float:
+    def _turn(gap: Callable[[float], float], a: float, b: float, bad_rate: float) -> float:
         if bad_rate < 0:
             return float(brentq(gap, a, b, xtol=1e-300, rtol=1e-15))
         return (a + b) / 2
@@ -172,11 +177,11 @@ class EqualLayers:
         return float(self.evaluate(np.array([r + 0j]))[0].real[0])
 
     @cached_property
-    def tables(self) -> tuple[tuple[Reals, Reals, Reals, Reals], ...]:
+    def tables(self) -> tuple[tuple[np.ndarray, ...], ...]:
         """For each arc (x, t, log r, angle) along x in (0, 1), spaced so that all are smooth up to the ends."""
         return tuple(self._table(arc) for arc in self.arcs)
 
-    def _table(self, arc: tuple[float, float]) -> tuple[Reals, Reals, Reals, Reals]:
+    def _table(self, arc: tuple[float, float]) -> tuple[Knots, Knots, Knots, Knots]:
         x = (np.arange(_TABLE) + 0.5) / _TABLE
         top = np.log(arc[1])
         if arc[0] > 0:
@@ -189,7 +194,7 @@ class EqualLayers:
         falls = np.concatenate([[True], t[1:] < np.minimum.accumulate(t)[:-1]]) & np.isfinite(t)
         return x[falls], t[falls], log_r[falls], angle[falls]
 
-    def knots(self) -> tuple[Reals, ...]:
+    def knots(self) -> tuple[np.ndarray, ...]:
         """The t of each table, one for each interval of the spectrum."""
         if self._direct:
             x = (np.arange(_TABLE) + 0.5) / _TABLE
@@ -219,7 +224,7 @@ class EqualLayers:
         return w, u
 
     def _solve_arc(
-        self, t: Reals, low: float, high: float, table: tuple[Reals, Reals, Reals, Reals]
+        self, t: Reals, low: float, high: float, table: tuple[Knots, Knots, Knots, Knots]
     ) -> tuple[Points, Points]:
         x, knots, log_r, angle = table
 
@@ -277,7 +282,7 @@ class EqualLayers:
                 break
         return log_w, u, error
 
-    def _bisect(self, t: Reals, log_r: Reals) -> tuple[Points, Points]:
+    def _bisect(self, t: Reals, log_r: Knots) -> tuple[Points, Points]:
         """The slow sure way: t grows with |w| along the curve."""
         low, high = np.full(t.shape, log_r.min() - 1e-3), np.full(t.shape, log_r.max() + 0.1)
         for _ in range(50):

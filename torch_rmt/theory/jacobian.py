@@ -8,6 +8,7 @@ from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.architecture import Architecture, pre_activation_moments
 from torch_rmt.theory.factors import Factors, collect
+from torch_rmt.theory.finite_size import expected_distance
 from torch_rmt.theory.jacobian_law import JacobianLaw
 from torch_rmt.theory.moments import slope_moment
 from torch_rmt.theory.prediction import Prediction
@@ -45,7 +46,7 @@ def jacobian_spectrum(architecture: Architecture) -> Prediction:
         scalars=scalars,
         assumptions=_assumptions(architecture),
         reference=_REFERENCE,
-        finite_size_error=None,
+        finite_size_error=expected_distance(architecture, moments, measure),
     )
 
 

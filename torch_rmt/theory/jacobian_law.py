@@ -41,7 +41,7 @@ class Solver(Protocol):
         """Integral of log(z - lambda)."""
         ...
 
-    def knots(self) -> tuple[Reals, ...]:
+    def knots(self) -> tuple[np.ndarray, ...]:
         """Ascending or descending t through each interval, dense enough to start a search from."""
         ...
 

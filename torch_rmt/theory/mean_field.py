@@ -91,13 +91,13 @@ def mean_field(activation: object, sigma_w: float, sigma_b: float = 0.0) -> Mean
     seen = min(q, 1e9)
     chi = sigma_w**2 * slope_moment(phi, seen)
     slope_q = sigma_w**2 * length_slope(phi, seen)
-    if q == 0.0 or (np.isinf(q) and is_scale_invariant(phi)):
+    if q == 0.0 or np.isinf(q):
         # The map for c is that of the tangent at zero (or of the homogeneous function), normalised.
-        c_star, slope_c = 1.0, (1.0 if is_scale_invariant(phi) else min(chi / max(slope_q, 1e-300), 1.0))
+        c_star, slope_c = 1.0, 1.0
     else:
         c_star, slope_c = correlation_fixed_point(phi, sigma_w, sigma_b, seen)
     phase: Phase = "critical" if abs(chi - 1) < _CRITICAL else "ordered" if chi < 1 else "chaotic"
-    return MeanField(q, c_star, chi, slope_q, slope_c, _depth(slope_q), _depth(slope_c), phase, points)
+    return MeanField(q, c_star, chi, slope_q, slope_c, depth_scale(slope_q), depth_scale(slope_c), phase, points)
 
 
 def checked_sigma(name: str, sigma: float) -> float:
@@ -107,11 +107,17 @@ def checked_sigma(name: str, sigma: float) -> float:
     return float(sigma)
 
 
-def _depth(slope: float) -> float:
+def depth_scale(slope: float) -> float:
+    """Layers over which a distance shrinks by e, -1 / log |slope|; inf at slope one."""
     slope = abs(slope)
     if slope == 0.0:
         return 0.0
     return float("inf") if abs(slope - 1) < 1e-12 else float(-1.0 / np.log(slope))
+
+
+def length_fixed_point(activation: Activation, sigma_w: float, sigma_b: float) -> float:
+    """The q* that unit inputs flow to; inf where they diverge."""
+    return _reached(activation, sigma_w, sigma_b, length_fixed_points(activation, sigma_w, sigma_b))
 
 
 def length_map(activation: Activation, sigma_w: float, sigma_b: float) -> Callable[[float], float]:

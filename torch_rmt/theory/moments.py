@@ -23,14 +23,21 @@ def second_moment(activation: Activation, q: float) -> float:
 @lru_cache(maxsize=4096)
 def slope_moment(activation: Activation, q: float) -> float:
     """D(q) = E phi'(h)^2, h ~ N(0, q); at q = 0 the mean over the two one-sided slopes, as q -> 0 gives."""
-    return gaussian_expectation(lambda h: activation.derivative(h) ** 2, max(q, TINY_Q), activation.kinks)
+    if q < TINY_Q:
+        # Second-order extrapolation to both sides of zero.
+        near = np.array([1e-6, -1e-6, 2e-6, -2e-6])
+        squares = np.asarray(activation.derivative(near), dtype=np.float64) ** 2
+        return float(squares[:2].sum() - squares[2:].sum() / 2)
+    return gaussian_expectation(lambda h: activation.derivative(h) ** 2, q, activation.kinks)
 
 
 @lru_cache(maxsize=4096)
 def length_slope(activation: Activation, q: float) -> float:
     """P(q) = dV/dq = E[h phi(h) phi'(h)] / q, h ~ N(0, q)."""
-    q = max(q, TINY_Q)
     offset = float(activation.value(np.zeros(1))[0])
+    if q < TINY_Q and offset == 0.0:
+        return slope_moment(activation, 0.0)
+    q = max(q, TINY_Q)
     if offset == 0.0 or q > 1e-3:
         inner = gaussian_expectation(
             lambda h: h * activation.value(h) * activation.derivative(h), q, activation.kinks

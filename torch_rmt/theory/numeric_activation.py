@@ -101,7 +101,9 @@ def _jumps_of_slope(value: ArrayFunction, halvings: int, least: float, known: li
             "the activation has kinks everywhere: give an Activation(name, value, derivative, kinks)."
         )
     kinks: list[float] = []
-    for start, slope in zip(low, change, strict=True):
+    # Neighbours see part of a kink; the cell that holds it sees all of it.
+    order = np.argsort(-np.abs(change), kind="stable")
+    for start, slope in zip(low[order], change[order], strict=True):
         if any(abs(start - other) < 4e-4 for other in known):
             continue
         jump = abs(float(value(np.array([start + width]))[0] - value(np.array([start]))[0]))

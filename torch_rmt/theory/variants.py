@@ -1,0 +1,207 @@
+"""Maps of networks that are no plain chain: dropout, residual branches, normalisation layers, convolutions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from torch_rmt.theory.activation import as_activation
+from torch_rmt.theory.architecture import Ensemble, Layer
+from torch_rmt.theory.correlation import pair_expectation
+from torch_rmt.theory.critical import CriticalPoint, critical_point
+from torch_rmt.theory.gaussian import gaussian_expectation
+from torch_rmt.theory.isometry import smooth_limit
+from torch_rmt.theory.mean_field import checked_sigma, depth_scale, length_fixed_point
+from torch_rmt.theory.moments import second_moment, slope_moment
+from torch_rmt.theory.prediction import Prediction
+
+Normalisation = Literal["layer", "rms", "batch"]
+
+
+@dataclass(frozen=True)
+class DropoutField:
+    """Mean field with dropout: q_star and chi of one masked pass, c_star between two masks of one input."""
+
+    q_star: float
+    chi: float
+    c_star: float
+    depth_scale_c: float
+
+
+def dropout_field(activation: object, sigma_w: float, sigma_b: float, keep: float) -> DropoutField:
+    """q <- (sigma_w^2 / keep) E phi^2 + sigma_b^2, chi = (sigma_w^2 / keep) E phi'^2; c loses the factor 1 / keep.
+
+    Two passes of one input see different masks, so c = 1 is no fixed point: depth is bounded by the noise itself.
+
+    Raises:
+        ValueError: keep outside (0, 1], a negative sigma, or a q that diverges.
+
+    Source: Schoenholz et al. 2017, section 5.
+
+    Example:
+        >>> dropout_field("tanh", 1.2, 0.1, 0.9).c_star < 1
+        True
+    """
+    phi = as_activation(activation)
+    sigma_w, sigma_b = checked_sigma("sigma_w", sigma_w), checked_sigma("sigma_b", sigma_b)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the probability of keeping a unit, in (0, 1], got {keep}.")
+    q = length_fixed_point(phi, sigma_w / keep**0.5, sigma_b)
+    if not np.isfinite(q):
+        raise ValueError(f"the signal diverges at sigma_w = {sigma_w:g} with keep = {keep:g}: use a smaller sigma_w.")
+    chi = sigma_w**2 / keep * slope_moment(phi, q)
+    if q == 0.0:
+        return DropoutField(0.0, chi, 1.0, float("inf"))
+    c = 1.0
+    for _ in range(10_000):
+        new = (sigma_w**2 * pair_expectation(phi.value, q, c, phi.kinks) + sigma_b**2) / q
+        if abs(new - c) < 1e-13:
+            break
+        slope = sigma_w**2 * pair_expectation(phi.derivative, q, c, phi.kinks)
+        # Newton where the map contracts; plain iteration, which cannot leave [0, 1], elsewhere.
+        c = min(max(c + (new - c) / (1 - slope), 0.0), 1.0) if slope < 0.95 else new
+    slope = sigma_w**2 * pair_expectation(phi.derivative, q, c, phi.kinks)
+    return DropoutField(q, chi, c, depth_scale(slope))
+
+
+def dropout_critical_point(activation: object, keep: float, *, sigma_b: float | None = None) -> CriticalPoint:
+    """The critical point with dropout: sigma_w is sqrt(keep) times that without, q* is the same.
+
+    The mask enters V and E phi'^2 by the same factor 1 / keep; so only sigma_w moves.
+
+    Example:
+        >>> round(dropout_critical_point("relu", 0.5).sigma_w, 12)
+        1.0
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the probability of keeping a unit, in (0, 1], got {keep}.")
+    plain = critical_point(activation, sigma_b=sigma_b)
+    return CriticalPoint(
+        plain.sigma_w * keep**0.5, plain.sigma_b, plain.q_star, plain.chi, plain.slope_q, plain.kind, plain.advice
+    )
+
+
+def residual_spectrum(
+    activation: object,
+    *,
+    depth: int,
+    width: int,
+    sigma_w: float,
+    sigma_b: float = 0.0,
+    scale: float = 1.0,
+    input_second_moment: float = 1.0,
+) -> Prediction:
+    """Predict the law of J^T J of x <- x + scale * (W phi(x) + b), Gaussian W, many layers with a small branch each.
+
+    S(u) = exp(-c (1 + 2u)), c = sum_l scale^2 sigma_w^2 E phi'(x_l)^2: one number for all activations. The mean is
+    exp(c), or exactly the product of 1 + c_l; the law is the limit of many small branches, off by O(max_l c_l).
+
+    Raises:
+        ValueError: depth or width below one, a negative sigma or scale.
+
+    Source: Tarnowski et al. 2019, eq. (20), rederived as the free multiplicative Brownian motion; Yang and Schoenholz
+    2017 for the length map q <- q + scale^2 (sigma_w^2 E phi^2 + sigma_b^2).
+
+    Example:
+        >>> law = residual_spectrum("tanh", depth=100, width=500, sigma_w=1.0, scale=0.1)
+        >>> 1.0 < law.scalars["mean"] < 2.72
+        True
+    """
+    phi = as_activation(activation)
+    if depth < 1 or width < 1:
+        raise ValueError(f"depth and width must be at least 1, got {depth} and {width}.")
+    sigma_w, sigma_b, scale = (
+        checked_sigma("sigma_w", sigma_w), checked_sigma("sigma_b", sigma_b), checked_sigma("scale", scale)
+    )  # fmt: skip
+    q, shares = float(input_second_moment), []
+    for _ in range(depth):
+        shares.append(scale**2 * sigma_w**2 * slope_moment(phi, q))
+        q += scale**2 * (sigma_w**2 * second_moment(phi, q) + sigma_b**2)
+    c = float(np.sum(np.log1p(shares)))
+    if c == 0.0:
+        raise ValueError("the branches have no slope: the Jacobian is the identity.")
+    law = smooth_limit(2.0 * c, c)
+    return Prediction(
+        measure=law,
+        scalars={
+            "mean": law.mean,
+            "variance": law.variance,
+            "chi": float(np.exp(c / depth)),
+            "cumulated_branch": c,
+            "q_final": q,
+            "largest_eigenvalue": law.bounds()[1],
+            "condition": float(np.sqrt(law.bounds()[1] / law.bounds()[0])),
+        },
+        assumptions=(
+            "Gaussian weights, independent of the signal, at initialisation",
+            f"many layers with a small branch each: the largest share here is {max(shares):.3g}",
+        ),
+        reference="Tarnowski et al. 2019, eq. (20)",
+    )
+
+
+def normalised_chi(
+    activation: object, normalisation: Normalisation, *, sigma_w: float = 1.0, sigma_b: float = 0.0
+) -> float:
+    """chi of one layer h = norm(W phi + b), the normalisation in front of the activation, in a wide network.
+
+    Layer and RMS norm: q = 1, chi = sigma_w^2 E phi'^2 / (sigma_w^2 E phi^2 + sigma_b^2), Z ~ N(0, 1).
+    Batch norm, large batch: E phi'^2 / Var phi, which is >= 1 by Poincare's inequality with equality for linear
+    activations only: gradients explode whatever sigma is (ReLU: pi / (pi - 1)).
+
+    Source: Yang et al. 2019, theorem 3.10 (batch); Doshi, He and Gromov 2021 (layer). In a wide network h has mean
+    zero over the units, so that centring (layer norm) and not centring (RMS norm) agree.
+
+    Example:
+        >>> round(normalised_chi("relu", "batch") * (np.pi - 1) / np.pi, 12)
+        1.0
+        >>> round(normalised_chi("relu", "layer", sigma_w=3.0), 12)
+        1.0
+    """
+    phi = as_activation(activation)
+    sigma_w, sigma_b = checked_sigma("sigma_w", sigma_w), checked_sigma("sigma_b", sigma_b)
+    slope, square = slope_moment(phi, 1.0), second_moment(phi, 1.0)
+    if normalisation == "batch":
+        mean = gaussian_expectation(phi.value, 1.0, phi.kinks)
+        return slope / (square - mean**2)
+    if normalisation not in ("layer", "rms"):
+        raise ValueError(f"normalisation is 'layer', 'rms' or 'batch', not {normalisation!r}.")
+    before = sigma_w**2 * square + sigma_b**2
+    if before == 0.0:
+        raise ValueError("sigma_w = sigma_b = 0 leaves nothing to normalise.")
+    return sigma_w**2 * slope / before
+
+
+def convolution_layer(
+    channels_in: int,
+    channels_out: int,
+    positions: int,
+    activation: object | None,
+    *,
+    sigma_w: float,
+    sigma_b: float = 0.0,
+    ensemble: Ensemble = "gaussian",
+    q: float | None = None,
+    name: str = "",
+) -> Layer:
+    """The `Layer` that a circular convolution of stride one is, as far as its spectrum goes.
+
+    A circular convolution is block diagonal in Fourier space, one channels_out x channels_in block a frequency. With
+    Gaussian taps of variance sigma_w^2 / fan-in every block is Gaussian with variance sigma_w^2 / channels_in; a
+    delta-orthogonal kernel is sigma_w times one Haar matrix at every position. Either way the law of W^T W is that of
+    a dense layer, and the slopes, free of the channels' basis, see no difference.
+
+    Source: Xiao et al. 2018, section 3.
+
+    Example:
+        >>> convolution_layer(16, 32, 64, "tanh", sigma_w=1.0).n_out
+        2048
+    """
+    if min(channels_in, channels_out, positions) < 1:
+        raise ValueError(f"channels and positions must be at least 1, got {channels_in}, {channels_out}, {positions}.")
+    phi = None if activation is None else as_activation(activation)
+    return Layer(
+        channels_in * positions, channels_out * positions, phi, sigma_w, sigma_b, ensemble, q, name
+    )  # fmt: skip
