@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from torch_rmt.describe import default_ends, describe, describe_between, from_torch
 from torch_rmt.measures import PointMass
@@ -34,7 +34,7 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for w in self.w:
-            h = F.linear(x, w)
+            h = functional.linear(x, w)
             x = h * torch.sigmoid(1.702 * h)
         return self.out(x)
 
@@ -128,9 +128,9 @@ def test_a_straight_through_gradient_is_said() -> None:
 
 def test_sequential_functional_nested_and_tied() -> None:
     assert names(describe(mlp(), X)) == [("0", "tanh"), ("2", "tanh"), ("4", "tanh"), ("6", None)]
-    functional = describe(Functional(), X)
-    assert [n for n, _ in names(functional)] == ["w.0", "w.1", "w.2", "out"]
-    quick_gelu = functional.layers[0].activation
+    found = describe(Functional(), X)
+    assert [n for n, _ in names(found)] == ["w.0", "w.1", "w.2", "out"]
+    quick_gelu = found.layers[0].activation
     h = np.linspace(-4, 4, 33)
     np.testing.assert_allclose(quick_gelu.value(h), h / (1 + np.exp(-1.702 * h)), rtol=1e-12, atol=1e-15)
     nested = describe(Nested(), X)
@@ -211,7 +211,7 @@ def test_what_is_not_understood_is_named_with_the_reason() -> None:
             self.mix, self.out = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.softmax(self.out(self.mix(x, x, x)[0] @ torch.eye(16)), -1)
+            return functional.softmax(self.out(self.mix(x, x, x)[0] @ torch.eye(16)), -1)
 
     text = "; ".join(describe(Attention(), torch.randn(2, 3, 16)).unknown)
     assert "mix: attention" in text
@@ -225,7 +225,10 @@ def test_active_dropout_is_noted() -> None:
     assert describe(net.eval(), X).unknown == ()
 
 
-@pytest.mark.parametrize(("source", "target"), [("0", "4"), ("1", "4"), ("0", "5"), ("1", "5"), (None, "2"), ("2", None), (None, None)])  # fmt: skip
+ENDS = [("0", "4"), ("1", "4"), ("0", "5"), ("1", "5"), (None, "2"), ("2", None), (None, None)]
+
+
+@pytest.mark.parametrize(("source", "target"), ENDS)
 def test_the_chain_between_two_names_is_the_jacobians(source: str | None, target: str | None) -> None:
     """Multiplying the layers' own weights and slopes along the chain gives the measured Jacobian."""
     net = mlp(nn.Tanh, 3).double()

@@ -198,7 +198,7 @@ def record(
     example_input: Any,
     *,
     on_weight: Callable[[WeightUse, Callable[[], Tensor]], Tensor] | None = None,
-    gradients: bool = False,
+    differentiate: Callable[[Tensor], None] | None = None,
 ) -> ForwardGraph:
     """Run the module once on the example and return what was called; nothing outside is disturbed.
 
@@ -206,7 +206,7 @@ def record(
         module: any nn.Module.
         example_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         on_weight: called with each use of a weight and the call itself; returns the output to go on with.
-        gradients: keep the autograd graph.
+        differentiate: called with the output once it is there; with it, and only then, autograd follows.
 
     Raises:
         ValueError: the example is empty.
@@ -219,9 +219,11 @@ def record(
     tensors = list(_tensors((args, kwargs)))
     if not tensors or any(t.numel() == 0 for t in tensors):
         raise ValueError("the example input is empty: pass at least one sample, such as batch[0][:1]")
+    if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
+        raise ValueError("the example input is not finite: look for inf or nan in the data")
     parameters = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
     recorder = _Recorder(parameters, on_weight)
-    with undisturbed(module), _named(module, recorder), torch.set_grad_enabled(gradients):
+    with undisturbed(module), _named(module, recorder), torch.set_grad_enabled(differentiate is not None):
         args, kwargs = _map((args, kwargs), lambda t: t.clone() if t.is_inference() else t)
         graph = recorder.graph
         graph.inputs = tuple(recorder.number(t, data=True) for t in _tensors((args, kwargs)))
@@ -239,6 +241,9 @@ def record(
                 "model in a module that returns its logits"
             )
         graph.output = recorder.number(first)
+        if differentiate is not None:
+            # In here, since leaving the guard writes buffers back that the backward pass may need.
+            differentiate(first)
     return graph
 
 

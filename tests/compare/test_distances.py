@@ -40,9 +40,7 @@ def test_wasserstein_of_a_shift_is_the_shift(shift: float) -> None:
 def test_wasserstein_to_a_point_is_the_mean_distance() -> None:
     rng = np.random.default_rng(0)
     nodes, weights = np.sort(rng.normal(size=50)), rng.dirichlet(np.ones(50))
-    assert wasserstein(nodes, weights, PointMass(0.3)) == pytest.approx(
-        float(weights @ abs(nodes - 0.3)), rel=1e-12
-    )
+    assert wasserstein(nodes, weights, PointMass(0.3)) == pytest.approx(float(weights @ abs(nodes - 0.3)), rel=1e-12)
 
 
 def test_dilation_scales_wasserstein_and_leaves_kolmogorov() -> None:
@@ -59,7 +57,7 @@ def test_dilation_scales_wasserstein_and_leaves_kolmogorov() -> None:
 
 
 def test_an_atom_spread_by_rounding_costs_nothing() -> None:
-    """MP(2) has half its mass at 0: eigenvalues of 1e-9 there are the atom, whichever side of 0 they fall on."""
+    """Half the mass of MP(2) is at 0: eigenvalues of 1e-9 are the atom, on whichever side they fall."""
     law, n = MarchenkoPastur(2.0), 200
     nodes = quantiles(law, n)
     clean = kolmogorov(nodes, np.full(n, 1 / n), law, zero=1e-7)
@@ -112,15 +110,13 @@ def test_drawn_wishart_matrices_agree_and_wrong_laws_do_not(seed: int) -> None:
 
 
 def test_wigner_distance_falls_as_one_over_n() -> None:
-    """Eigenvalues are rigid: both distances to the semicircle fall like 1/n (up to a logarithm), not 1/sqrt(n)."""
+    """Eigenvalues are rigid: both distances fall like 1/n (up to a logarithm), not 1/sqrt(n)."""
     sizes, kinds = (100, 400), {"kolmogorov": [], "wasserstein": []}
     for n in sizes:
         found = {kind: 0.0 for kind in kinds}
         for seed in range(4):
             g = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            report = compare(
-                exact(DenseOperator((g + g.T) / np.sqrt(2 * n), symmetric=True)), Prediction(Semicircle())
-            )
+            report = compare(exact(DenseOperator((g + g.T) / np.sqrt(2 * n), symmetric=True)), Prediction(Semicircle()))
             for kind in kinds:
                 found[kind] += report.distance(kind).value / 4
         for kind in kinds:
@@ -135,9 +131,7 @@ def test_a_spike_is_an_outlier_and_noise_is_not() -> None:
     for seed in range(3):
         g = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         wigner = (g + g.T) / np.sqrt(2 * n)
-        pure = compare(
-            exact(DenseOperator(wigner, symmetric=True)), Prediction(Semicircle(), finite_size_error=2 / n)
-        )
+        pure = compare(exact(DenseOperator(wigner, symmetric=True)), Prediction(Semicircle(), finite_size_error=2 / n))
         assert pure.outliers == ()
         v = torch.ones(n, dtype=torch.float64) / np.sqrt(n)
         spiked = exact(DenseOperator(wigner + 3.0 * torch.outer(v, v), symmetric=True))
@@ -151,7 +145,7 @@ def test_a_spike_is_an_outlier_and_noise_is_not() -> None:
 
 
 def test_a_point_law_is_judged_by_the_wasserstein_distance() -> None:
-    """A hundred orthogonal float32 products put all singular values at 1 within rounding: that is agreement."""
+    """Orthogonal float32 products put all singular values at 1 within rounding: that is agreement."""
     nodes = 1 + 1e-6 * np.random.default_rng(0).normal(size=64)
     assert compare(point_spectrum(nodes), Prediction(PointMass(1.0), finite_size_error=0.01)).agrees
     assert not compare(point_spectrum(nodes * 1.2), Prediction(PointMass(1.0), finite_size_error=0.01)).agrees

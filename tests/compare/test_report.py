@@ -25,9 +25,7 @@ def no_constant(value: str) -> float:
     raise AssertionError(f"{value} is not JSON")
 
 
-@pytest.mark.parametrize(
-    "law", [Semicircle(), MarchenkoPastur(2.0), FussCatalan(3.0), PointMass(1.0)], ids=repr
-)
+@pytest.mark.parametrize("law", [Semicircle(), MarchenkoPastur(2.0), FussCatalan(3.0), PointMass(1.0)], ids=repr)
 def test_json_is_strict_and_comes_back(law) -> None:
     report = compare(measured(), Prediction(law, scalars={"bad": float("nan"), "q": 0.5}), name="it")
     back = json.loads(report.to_json(), parse_constant=no_constant)
@@ -68,9 +66,7 @@ def test_gradients_in_words(chi: float, word: str) -> None:
     assert ("critical_init_" in report.verdict) == (word != "Critical")
 
 
-@pytest.mark.parametrize(
-    "law", [Semicircle(2.0), MarchenkoPastur(0.5), FussCatalan(2.0), FussCatalan(6.0)], ids=repr
-)
+@pytest.mark.parametrize("law", [Semicircle(2.0), MarchenkoPastur(0.5), FussCatalan(2.0), FussCatalan(6.0)], ids=repr)
 def test_the_curve_holds_the_mass(law) -> None:
     x, density = density_curve(law, points=2000)
     mass = np.trapezoid(density, x)
@@ -103,9 +99,7 @@ def test_freeness_gap_tells_free_parts_from_aligned_ones(seed: int) -> None:
     for n in (60, 200):
         a = torch.diag(torch.linspace(-1, 1, n, dtype=torch.float64))
         b = torch.diag(torch.cat([torch.zeros(n // 2), torch.ones(n - n // 2)]).double())
-        q = torch.linalg.qr(
-            torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        ).Q
+        q = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
         parts = [exact(DenseOperator(m, symmetric=True)) for m in (a, b)]
         free = freeness_gap(parts, exact(DenseOperator(a + q @ b @ q.T, symmetric=True)), kind="sum")
         aligned = freeness_gap(parts, exact(DenseOperator(a + b, symmetric=True)), kind="sum")
@@ -118,9 +112,7 @@ def test_freeness_gap_tells_free_parts_from_aligned_ones(seed: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_freeness_gap_of_a_product(seed: int) -> None:
     n, generator = 150, torch.Generator().manual_seed(seed)
-    a, b = (
-        torch.randn(2 * n, n, generator=generator, dtype=torch.float64) / np.sqrt(2 * n) for _ in range(2)
-    )
+    a, b = (torch.randn(2 * n, n, generator=generator, dtype=torch.float64) / np.sqrt(2 * n) for _ in range(2))
     root = torch.linalg.cholesky(b.T @ b).T  # root^T root = b^T b, as the law of a part asks
     parts = [exact(DenseOperator(m)) for m in (a, b)]
     report = freeness_gap(parts, exact(DenseOperator(a @ root.T)), kind="product")

@@ -45,11 +45,12 @@ def compare(
     of q moves all eigenvalues of one drawn network together, and should not hide or feign a difference of
     form.
 
-    The noise floor of the Kolmogorov distances is the prediction's `finite_size_error` (if it has
-    none, 4/dim and the binomial noise of its atoms) and the probes' sampling error, added in squares, and
-    half a step of the measured distribution function. That of the Wasserstein distance is the same times the
-    width of the law from its 1 % to its 99 % point, joined by the law's standard deviation over sqrt(dim).
-    The law "agrees" up to 2.5 times the floor; a law that is a point is judged by the Wasserstein distance.
+    The noise floor of "kolmogorov" is the prediction's `finite_size_error` (if it has none, 4/dim and the binomial
+    noise of its atoms) and the probes' sampling error, added in squares, and half a step of the measured
+    distribution function. "shape" has the same without what `finite_size_error` allows for the scale, and
+    "wasserstein" the same times the width of the law from its 1 % to its 99 % point, joined by its standard deviation
+    over sqrt(dim). The law "agrees" up to 2.5 times the floor of both Kolmogorov distances; a law that is a point is
+    judged by the Wasserstein distance.
 
     Args:
         spectrum: the measurement.
@@ -73,22 +74,20 @@ def compare(
     zero = numerical_zero(spectrum)
     nodes, weights = points(spectrum)
     table = Tabulated(law, nodes, zero)
-    noise = noise_floor(spectrum, prediction)
+    noise, rigid = noise_floor(spectrum, prediction), noise_floor(spectrum, prediction, shape=True)
     ks = Distance("kolmogorov", table.kolmogorov(nodes, weights), noise)
-    w1 = Distance(
-        "wasserstein", wasserstein(nodes, weights, table), _moved(table, noise, spectrum.dim) + zero
-    )
+    w1 = Distance("wasserstein", wasserstein(nodes, weights, table), _moved(table, noise, spectrum.dim) + zero)
     scale = relative_scale(nodes, weights, table, zero)
     shape = None
     if math.isfinite(scale) and scale > 0:
-        shape = Distance("shape", kolmogorov(nodes / scale, weights, law, zero=zero / scale), noise)
+        shape = Distance("shape", kolmogorov(nodes / scale, weights, law, zero=zero / scale), min(rigid, noise))
         facts.setdefault("scale", scale)
     outliers = find_outliers(nodes, weights, table, dim=spectrum.dim, noise=noise, zero=zero)
     if len(law.atoms()) == 1 and not law.support():
         w1 = Distance(w1.kind, w1.value, max(w1.noise, abs(law.mean) * max(noise, 1e-5)))
         agrees = w1.ratio <= AGREES_UP_TO
     else:
-        agrees = ks.ratio <= AGREES_UP_TO
+        agrees = all(d is None or d.ratio <= AGREES_UP_TO for d in (ks, shape))
     verdict = agreement_in_words(
         agrees=agrees,
         kolmogorov=ks,
@@ -100,15 +99,13 @@ def compare(
     )
     distances = tuple(d for d in (w1, ks, shape) if d is not None)
     words = {key: float(value) for key, value in prediction.scalars.items()} | facts
-    return Report(
-        name, spectrum, prediction, distances, outliers, verdict + gradients_in_words(words), agrees, facts
-    )
+    return Report(name, spectrum, prediction, distances, outliers, verdict + gradients_in_words(words), agrees, facts)
 
 
-def noise_floor(spectrum: Spectrum, prediction: Prediction) -> float:
+def noise_floor(spectrum: Spectrum, prediction: Prediction, *, shape: bool = False) -> float:
     """Kolmogorov distance to expect if the law were right: finite width, probes, and steps of the data."""
     width = prediction.finite_size_error
-    if width is None or not math.isfinite(width):
+    if shape or width is None or not math.isfinite(width):
         # Eigenvalues are rigid, but how many sit on an atom is a binomial number.
         binomial = max((m * (1 - m) for _, m in prediction.measure.atoms()), default=0.0)
         width = _RIGID / spectrum.dim + math.sqrt(max(binomial, 0.0) / spectrum.dim)

@@ -8,9 +8,7 @@ from jaxtyping import Float
 from torch_rmt.measures import SpectralMeasure
 from torch_rmt.spectra import Spectrum
 
-_GRID = (
-    1600  # points over the law's support; the trapezoid error in W1 is then below 1e-5 of the support's width
-)
+_GRID = 1600  # points over the law's support; the trapezoid error in W1 is then below 1e-5 of the support's width
 _DECADES = 14.0  # a positive law is tabulated geometrically over this many decades below its upper end
 
 

@@ -54,7 +54,5 @@ def freeness_gap(
     )
     report = compare(whole, prediction, name=name, facts=facts)
     if report.agrees:
-        return replace(
-            report, verdict=report.verdict.replace("As predicted", "The parts are free of each other", 1)
-        )
+        return replace(report, verdict=report.verdict.replace("As predicted", "The parts are free of each other", 1))
     return replace(report, verdict="The parts are aligned. " + report.verdict)

@@ -96,9 +96,7 @@ def _times(factor: float) -> str:
     return f"{factor:.2g} times"
 
 
-def spreads(
-    nodes: np.ndarray, weights: np.ndarray, table: Tabulated, scale: float, zero: float
-) -> tuple[float, float]:
+def spreads(nodes: np.ndarray, weights: np.ndarray, table: Tabulated, scale: float, zero: float) -> tuple[float, float]:
     """Standard deviation of log eigenvalue over what is not zero, measured and predicted.
 
     Where either has negative eigenvalues: of the eigenvalue itself, the measured one divided by `scale`.

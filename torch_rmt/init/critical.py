@@ -172,7 +172,7 @@ def critical_init_(
     parameters = dict(_parameters(model))
     for setting in settings:
         use = setting.link.use
-        _draw(parameters[use.parameter], ensemble, use.groups, setting.sigma_w or 1.0)
+        draw_weight_(parameters[use.parameter], ensemble, use.groups, setting.sigma_w or 1.0)
         bias = parameters.get(use.bias_parameter)
         if bias is not None and bias.requires_grad:
             nn.init.normal_(bias, 0.0, setting.sigma_b) if setting.sigma_b > 0 else nn.init.zeros_(bias)
@@ -193,7 +193,7 @@ def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def _draw(weight: nn.Parameter, ensemble: InitEnsemble, groups: int, sigma_w: float) -> None:
+def draw_weight_(weight: nn.Parameter, ensemble: InitEnsemble, groups: int, sigma_w: float) -> None:
     """Fill a weight with fan-in * mean square = sigma_w^2."""
     fan_in = weight[0].numel()
     if ensemble == "gaussian":

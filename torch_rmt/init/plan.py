@@ -98,9 +98,7 @@ def make_plan(
         if following is not None and following.name not in points:
             points[following.name] = _point(following, depth[following.name], sigma_b, q_star)
         point = None if following is None else points[following.name]
-        setting = _setting(
-            link, following, point, planned_q.get(link.parent) if link.parent is not None else None
-        )
+        setting = _setting(link, following, point, planned_q.get(link.parent) if link.parent is not None else None)
         settings.append(setting)
         planned_q[i] = done[link.use.parameter] = setting.q
     return settings, left
@@ -118,9 +116,7 @@ def _point(activation: Activation, depth: int, sigma_b: float | None, q_star: fl
     return point
 
 
-def _setting(
-    link: Link, following: Activation | None, point: CriticalPoint | None, q_before: float | None
-) -> Setting:
+def _setting(link: Link, following: Activation | None, point: CriticalPoint | None, q_before: float | None) -> Setting:
     if q_before is None:
         # After the input or a pool: nothing is known of the law of what comes in, so the output is measured.
         q = 1.0 if point is None else point.q_star

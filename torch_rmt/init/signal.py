@@ -50,19 +50,23 @@ def signals(module: nn.Module, example_input: Any, *, seed: int = 0) -> tuple[La
         probes.append(probe)
         return out + probe
 
-    graph = record(module, example_input, on_weight=on_weight, gradients=True)
-    out = graph.tensors[graph.output]
-    if not out.is_floating_point():
-        raise TypeError(f"the output is of type {out.dtype}: gradients need a floating-point output")
-    if not probes:
-        raise ValueError("no weights were found: nn.Linear, nn.Conv and the functions behind them are read")
-    samples = out.shape[0] if out.ndim > 1 else 1
-    generator = torch.Generator().manual_seed(seed)
-    u = torch.randn(samples, out.numel() // samples, generator=generator, dtype=torch.float64)
-    u = u / u.norm(dim=1, keepdim=True)
-    with torch.enable_grad():
+    gradients: list[Tensor | None] = []
+    samples = 1
+
+    def differentiate(out: Tensor) -> None:
+        nonlocal samples
+        if not out.is_floating_point():
+            raise TypeError(f"the output is of type {out.dtype}: gradients need a floating-point output")
+        if not probes:
+            raise ValueError("no weights were found: nn.Linear, nn.Conv and the functions behind them are read")
+        samples = out.shape[0] if out.ndim > 1 else 1
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.randn(samples, out.numel() // samples, generator=generator, dtype=torch.float64)
+        u = u / u.norm(dim=1, keepdim=True)
         total = (out.reshape(samples, -1).double() * u.to(out.device)).sum()
-        gradients = torch.autograd.grad(total, probes, allow_unused=True)
+        gradients.extend(torch.autograd.grad(total, probes, allow_unused=True))
+
+    graph = record(module, example_input, on_weight=on_weight, differentiate=differentiate)
     return tuple(
         LayerSignal(
             use.name,

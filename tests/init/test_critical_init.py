@@ -1,0 +1,309 @@
+"""`critical_init_` on real modules: chi comes out at one, what it must not touch it leaves alone and names."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torch_rmt.describe import describe, describe_between
+from torch_rmt.init import critical_init_, isometry_q, signals
+from torch_rmt.init.critical import draw_weight_
+from torch_rmt.init.signal import chi_per_layer
+from torch_rmt.operators import Jacobian
+from torch_rmt.spectra import exact
+from torch_rmt.theory import as_activation, gaussian_expectation
+
+
+def mlp(activation: type[nn.Module] = nn.Tanh, depth: int = 40, width: int = 64, inputs: int = 64) -> nn.Sequential:
+    first = nn.Linear(inputs, width)
+    rest = [m for _ in range(depth - 1) for m in (nn.Linear(width, width), activation())]
+    return nn.Sequential(first, activation(), *rest, nn.Linear(width, 10))
+
+
+def chi_noise(depth: int, width: int) -> float:
+    """Standard deviation of chi a layer: log |J u|^2 has a variance of about 5 depth / width, chi a depth-th of it."""
+    return math.sqrt(5 * depth / width) / depth
+
+
+@pytest.mark.parametrize("ensemble", ["orthogonal", "gaussian"])
+@pytest.mark.parametrize("width", [64, 160])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_forty_tanh_layers_become_critical(seed: int, width: int, ensemble: str) -> None:
+    torch.manual_seed(seed)
+    net = mlp(width=width)
+    report = critical_init_(net, torch.rand(32, 64), ensemble=ensemble)
+    assert report.chi_before < 0.5
+    assert abs(report.chi_after - 1) < 3 * chi_noise(40, width)
+    assert report.left_alone == ()
+    assert "41 layers drawn" in report.verdict
+    # and q is where it was aimed, from the first layer to the last hidden one
+    q = np.array([s.q for s in report.after[:-1]])
+    aim = report.layers[0].q
+    assert q[0] == pytest.approx(aim, rel=0.05)  # scaled to it, but for the biases' draw
+    assert np.all((q > aim / 3) & (q < 3 * aim))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.SiLU, nn.Hardtanh, nn.LeakyReLU, nn.Softsign])
+def test_other_activations(activation: type[nn.Module]) -> None:
+    chis = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        report = critical_init_(mlp(activation, 20, 128), torch.randn(32, 64))
+        assert report.chi_before < 0.6
+        chis.append(report.chi_after)
+    assert abs(np.mean(chis) - 1) < 3 * chi_noise(20, 128)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_the_scale_of_the_data_does_not_matter(scale: float) -> None:
+    torch.manual_seed(0)
+    net = mlp(depth=10)
+    report = critical_init_(net, scale * torch.randn(64, 64) + scale)
+    assert report.after[0].q == pytest.approx(report.layers[0].q, rel=0.05)
+    assert abs(report.chi_after - 1) < 3 * chi_noise(10, 64)
+
+
+def test_weights_are_what_theory_asks_for() -> None:
+    torch.manual_seed(0)
+    net = mlp(depth=6, width=96)
+    critical_init_(net, torch.randn(32, 64), sigma_b=0.05)
+    layers = describe(net, torch.randn(1, 64)).layers
+    assert layers[2].sigma_w == pytest.approx(1.122539, rel=1e-5)  # Schoenholz et al.: tanh at sigma_b = 0.05
+    assert layers[2].ensemble == "orthogonal"
+    assert np.mean([layer.sigma_b for layer in layers[:-1]]) == pytest.approx(0.05, rel=0.15)
+    assert layers[-1].sigma_b == 0.0
+
+
+def test_q_star_can_be_chosen() -> None:
+    torch.manual_seed(0)
+    report = critical_init_(mlp(depth=8, width=128), torch.randn(32, 64), q_star=0.3)
+    assert report.layers[3].q == pytest.approx(0.3)
+    phi = as_activation("tanh")
+    slope = gaussian_expectation(lambda h: phi.derivative(h) ** 2, 0.3)
+    assert report.layers[3].sigma_w == pytest.approx(slope**-0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("depth", [10, 100])
+def test_isometry_q_bounds_the_spread_of_the_jacobian(depth: int) -> None:
+    """At q*(depth) squared singular values of orthogonal networks spread by a variance of 1/4 at any depth."""
+    phi = as_activation("tanh")
+    q = isometry_q(phi, depth)
+    first, second = (gaussian_expectation(lambda h, k=k: phi.derivative(h) ** k, q) for k in (2, 4))
+    assert depth * (second / first**2 - 1) == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_measured_jacobian_has_the_variance_aimed_at(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = mlp(depth=40, width=128)
+    critical_init_(net, torch.randn(64, 64))
+    spectrum = exact(Jacobian(net, torch.randn(1, 64), "0", "78"))
+    mean = spectrum.moment(1)[0]
+    assert mean == pytest.approx(1.0, abs=0.2)
+    assert spectrum.moment(2)[0] - mean**2 == pytest.approx(0.25, rel=0.5)
+
+
+def test_orthogonal_draws_are_haar() -> None:
+    """E (tr W)^2 = 1 and E tr W = 0 for Haar orthogonal matrices; a QR without the sign fix has E tr W away from 0."""
+    traces = []
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.empty(6, 6))
+    for _ in range(1000):
+        draw_weight_(weight, "orthogonal", 1, 1.0)
+        traces.append(float(weight.trace()))
+    assert abs(np.mean(traces)) < 4 / math.sqrt(1000)
+    assert np.mean(np.square(traces)) == pytest.approx(1.0, abs=4 * math.sqrt(2 / 1000))
+
+
+def test_it_draws_from_the_global_generator() -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        net = mlp(depth=3)
+        torch.manual_seed(seed)
+        critical_init_(net, torch.ones(4, 64))
+        weights.append(net[2].weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    before = torch.get_rng_state()
+    critical_init_(net, torch.ones(4, 64))
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+def cnn(activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    body = [m for _ in range(6) for m in (nn.Conv2d(12, 12, 3, padding=1, padding_mode="circular"), activation())]
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), activation(), *body, nn.MaxPool2d(2),
+        nn.Conv2d(12, 16, 3, padding=1), activation(), nn.Flatten(), nn.Linear(256, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_convolutions_are_delta_orthogonal_and_critical(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = cnn()
+    x = torch.rand(16, 1, 8, 8)
+    report = critical_init_(net, x)
+    weight = net[4].weight.detach()
+    centre = weight[:, :, 1, 1]
+    assert float(weight.abs().sum()) == pytest.approx(float(centre.abs().sum()))
+    gram = centre @ centre.T
+    torch.testing.assert_close(gram, gram[0, 0] * torch.eye(12), atol=1e-5, rtol=0)
+    jacobian = exact(Jacobian(net, x[:1], "2", "12"))
+    assert jacobian.moment(1)[0] == pytest.approx(1.0, abs=0.4)  # twelve channels
+    assert report.left_alone == ()
+    assert report.after[7].q == pytest.approx(report.layers[7].q, rel=0.1)  # behind the pool: scaled as measured
+
+
+class Shared(nn.Module):
+    """One weight used three times, one frozen, one without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tied = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.frozen, self.last = nn.Linear(32, 32), nn.Linear(32, 4, bias=False)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        for _ in range(3):
+            x = torch.tanh(self.tied(x))
+        return self.last(torch.tanh(self.frozen(x)))
+
+
+def test_tied_weights_are_drawn_once_and_frozen_ones_never() -> None:
+    torch.manual_seed(0)
+    net = Shared()
+    kept = net.frozen.weight.clone()
+    report = critical_init_(net, torch.randn(16, 32))
+    assert [layer.name for layer in report.layers] == ["first", "tied", "last"]
+    assert torch.equal(net.frozen.weight, kept)
+    assert report.left_alone == ("frozen: frozen",)
+    gram = net.tied.weight @ net.tied.weight.T
+    torch.testing.assert_close(gram, gram[0, 0] * torch.eye(32), atol=1e-5, rtol=0)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList([nn.Parameter(torch.randn(48, 48)) for _ in range(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for w in self.w:
+            x = functional.gelu(functional.linear(x, w))
+        return x
+
+
+def test_functional_networks_without_modules() -> None:
+    torch.manual_seed(0)
+    report = critical_init_(Functional(), torch.randn(32, 48), ensemble="orthogonal")
+    assert [layer.name for layer in report.layers] == [f"w.{i}" for i in range(8)]
+    assert abs(report.chi_after - 1) < 3 * chi_noise(8, 48)
+
+
+def test_residual_blocks_and_norms_are_left_alone_and_named() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+            self.a, self.b, self.norm = nn.Linear(16, 16), nn.Linear(16, 16), nn.LayerNorm(16)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            x = self.a(x)
+            return self.head(self.norm(x + self.b(torch.tanh(x))))
+
+    torch.manual_seed(0)
+    net = Block()
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    report = critical_init_(net, torch.randn(8, 16))
+    left = "; ".join(report.left_alone)
+    assert "a: part of a residual" in left
+    assert "b: part of a residual" in left
+    assert "head:" in left
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name]) == (not name.startswith("body")), name
+
+
+def test_rectangular_layers_keep_signal_and_gradient() -> None:
+    """Widths up and down: entries have variance sigma_w^2 / fan-in, so q and chi do not see the widths."""
+    torch.manual_seed(0)
+    widths = [200, 100, 150, 120, 180, 150]
+    net = nn.Sequential(*[m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())])
+    for ensemble in ("orthogonal", "gaussian"):
+        report = critical_init_(net, torch.randn(64, 200), ensemble=ensemble)
+        q = np.array([s.q for s in report.after])
+        assert np.all(np.abs(q / report.layers[0].q - 1) < 0.4)
+        gains = [layer.sigma_w for layer in report.layers[1:]]
+        assert np.ptp(gains) / np.mean(gains) < 0.03
+
+
+def test_two_activations_in_one_network() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 96), nn.Tanh(),
+        nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 3),
+    )  # fmt: skip
+    report = critical_init_(net, torch.randn(64, 96))
+    for signal, layer in zip(report.after[:-1], report.layers[:-1], strict=True):
+        assert signal.q == pytest.approx(layer.q, rel=0.4)
+
+
+def test_state_is_left_as_it_was() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8)).train()
+    net[3].eval()
+    net(torch.randn(4, 8)).sum().backward()
+    gradient = net[0].weight.grad.clone()
+    running = net[4].running_mean.clone()
+    critical_init_(net, torch.randn(4, 8))
+    assert torch.equal(net[0].weight.grad, gradient)
+    assert torch.equal(net[4].running_mean, running)
+    assert net.training
+    assert not net[3].training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_signals_are_the_gradients_of_autograd() -> None:
+    torch.manual_seed(0)
+    net = mlp(depth=3, width=12, inputs=5).double()
+    x = torch.randn(1, 5, dtype=torch.float64)
+    found = signals(net, x, seed=3)
+    u = torch.randn(1, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    u = (u / u.norm())[0]
+    for i, signal in enumerate(found):
+        rows = Jacobian(net, x, str(2 * i), None).adjoint().matmat(u[:, None])
+        assert signal.gradient == pytest.approx(float(rows.norm()), rel=1e-9)
+    assert chi_per_layer(found) == pytest.approx((found[0].gradient / found[-1].gradient) ** (2 / 3), rel=1e-12)
+
+
+def test_the_first_layer_of_a_measured_chain_is_described_critical() -> None:
+    torch.manual_seed(1)
+    net = mlp(depth=12, width=100)
+    critical_init_(net, torch.randn(64, 64))
+    chain = describe_between(net, torch.randn(1, 64), "0", "22")
+    assert all(layer.ensemble == "orthogonal" for layer in chain.layers[1:])
+
+
+def test_bad_input_is_refused_before_anything_is_drawn() -> None:
+    net = mlp(depth=3)
+    before = net[2].weight.clone()
+    for error, match, call in (
+        ((ValueError, TypeError), "orthogonal", lambda: critical_init_(net, torch.ones(2, 64), ensemble="uniform")),
+        (ValueError, "not both", lambda: critical_init_(net, torch.ones(2, 64), sigma_b=0.1, q_star=0.1)),
+        (ValueError, "sigma_b", lambda: critical_init_(net, torch.ones(2, 64), sigma_b=-1.0)),
+        (ValueError, "zero or not finite", lambda: critical_init_(net, torch.zeros(2, 64))),
+        (ValueError, "not finite", lambda: critical_init_(net, torch.full((2, 64), float("nan")))),
+        (ValueError, "empty", lambda: critical_init_(net, torch.ones(0, 64))),
+        (ValueError, "relu", lambda: critical_init_(mlp(nn.ReLU, 3), torch.ones(2, 64), sigma_b=0.3)),
+        (ValueError, "frozen", lambda: critical_init_(mlp(depth=3).requires_grad_(False), torch.ones(2, 64))),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    assert torch.equal(net[2].weight, before)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torch_rmt.diagnose import diagnose, jacobian_report, measure
+from torch_rmt.init import critical_init_
+from torch_rmt.operators import GaussNewton, Hessian
+
+
+def mlp(depth: int = 5, width: int = 16) -> nn.Sequential:
+    torch.manual_seed(0)
+    hidden = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(*hidden, nn.Linear(width, 3))
+
+
+X = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(24) % 3
+
+
+def test_a_whole_diagnosis(tmp_path) -> None:
+    net = mlp()
+    found = diagnose(net, (X, Y), functional.cross_entropy, what=("jacobian", "hessian", "gauss_newton", "fisher"))
+    assert [report.name for report in found.reports] == ["jacobian", "hessian", "gauss_newton", "fisher"]
+    assert found["jacobian"].agrees, found["jacobian"].verdict
+    assert "Ordered" in found["jacobian"].verdict
+    assert found.chi == pytest.approx(1 / 3, rel=0.4)
+    assert found["fisher"].prediction is None
+    assert "Measured only" in found["fisher"].verdict
+    for report in found.reports:
+        json.loads(report.to_json())
+    assert all(type(v) is float and math.isfinite(v) for v in found.scalars().values())
+    page = found.to_html(tmp_path / "page.html")
+    assert "jacobian" in page.read_text(encoding="utf-8")
+    console = Console(width=120, record=True)
+    console.print(found.table())
+    assert "hessian" in console.export_text()
+    with pytest.raises(KeyError, match="jacobian"):
+        found["ntk"]
+
+
+def test_the_largest_eigenvalue_is_the_dense_one() -> None:
+    net = mlp(2, 6).double()
+    x = X[:, :6].double()
+    found = diagnose(net, (x, Y), functional.cross_entropy, what=("hessian",))
+    parameters = tuple(net.parameters())
+    names = [n for n, _ in net.named_parameters()]
+
+    def loss(*values: Tensor) -> Tensor:
+        out = torch.func.functional_call(net, dict(zip(names, values, strict=True)), (x,))
+        return functional.cross_entropy(out, Y)
+
+    rows = torch.autograd.functional.hessian(loss, parameters)
+    sizes = [p.numel() for p in parameters]
+    blocks = [
+        torch.cat([block.reshape(m, n) for block, n in zip(row, sizes, strict=True)], 1)
+        for row, m in zip(rows, sizes, strict=True)
+    ]
+    dense = torch.cat(blocks)
+    values = torch.linalg.eigvalsh(dense)
+    assert found["hessian"].facts["largest_eigenvalue"] == pytest.approx(float(values[-1]), rel=2e-2)
+    assert found["hessian"].spectrum.moment(1)[0] == pytest.approx(float(values.mean()), rel=1e-6, abs=1e-12)
+
+
+def test_hessian_parts_sum_to_the_whole() -> None:
+    net = mlp(2, 8)
+    found = diagnose(net, (X[:, :8], Y), functional.cross_entropy, what=("hessian",))["hessian"]
+    assert found.prediction is not None
+    batch = (X[:, :8], Y)
+    whole, part = (measure(kind(net, functional.cross_entropy, batch)) for kind in (Hessian, GaussNewton))
+    assert whole.dim == part.dim == found.spectrum.dim
+    assert found.prediction.measure.mean == pytest.approx(whole.moment(1)[0], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_not_disturbed(training: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 3)).train(
+        training
+    )
+    functional.cross_entropy(net(X), Y).backward()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    gradients = [p.grad.clone() for p in net.parameters()]
+    rng = torch.get_rng_state()
+    diagnose(net, (X, Y), functional.cross_entropy, what=("hessian", "fisher"))
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), gradients, strict=True))
+    assert net.training is training
+
+
+def test_a_cnn_and_a_model_that_theory_does_not_know() -> None:
+    torch.manual_seed(0)
+    conv = [m for _ in range(4) for m in (nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"), nn.Tanh())]
+    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), *conv, *tail)
+    x = torch.randn(8, 1, 6, 6)
+    critical_init_(net, x)
+    report = jacobian_report(net, x)
+    assert report.prediction is not None
+    assert report.facts["chi"] == pytest.approx(1.0, abs=0.1)
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(self.a(x), -1)
+
+    report = jacobian_report(Odd(), X)
+    assert report.prediction is None
+    assert "softmax" in report.verdict
+
+
+def test_bad_input_is_refused_with_advice() -> None:
+    net, loss = mlp(2), functional.cross_entropy
+    with pytest.raises(ValueError, match="jacobian"):
+        diagnose(net, (X, Y), loss, what=("hesian",))
+    with pytest.raises(ValueError, match="tuple"):
+        diagnose(net, (X, Y), loss, what="hessian")
+    with pytest.raises(TypeError, match=r"pair|Type-check"):
+        diagnose(net, X, loss)
+    with pytest.raises(ValueError, match="empty"):
+        diagnose(net, (X[:0], Y[:0]), loss)
+    with pytest.raises(ValueError, match=r"(?i)inf|nan|finite"):
+        diagnose(net, (X, Y), lambda out, y: out.sum() * float("nan"), what=("hessian",))
+    with pytest.raises(ValueError, match="nope"):
+        jacobian_report(net, X, "nope", "2")
