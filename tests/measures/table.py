@@ -65,9 +65,7 @@ CONVOLUTIONS: dict[str, Callable[[], SpectralMeasure]] = {
     "product-signed": lambda: free_mul(Semicircle(), MarchenkoPastur(0.5)),
     "product-signed-three": lambda: free_mul(Discrete([-1.0, 0.5, 2.0]), MarchenkoPastur(0.5), Uniform(0.5, 1.0)),
     "product-power": lambda: free_power(MarchenkoPastur(0.5), 3.5),
-    "rectangular": lambda: rectangular_product(
-        [MarchenkoPastur(0.5), MarchenkoPastur(1.5, 2.0)], [100, 200, 400 / 3]
-    ),
+    "rectangular": lambda: rectangular_product([MarchenkoPastur(0.5), MarchenkoPastur(1.5, 2.0)], [100, 200, 400 / 3]),
     "corner": lambda: free_compress(_THREE, 0.6),
 }
 """Convolutions, made when asked for."""

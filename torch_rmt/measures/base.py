@@ -45,17 +45,13 @@ class SpectralMeasure(ABC):
         """
         points, below = fold(z)
         low, high = self.bounds()
-        step = 1e-4 * np.minimum(
-            np.abs(points - 0.5 * (low + high)) + 0.5 * (high - low), np.maximum(points.imag, 0)
-        )
+        step = 1e-4 * np.minimum(np.abs(points - 0.5 * (low + high)) + 0.5 * (high - low), np.maximum(points.imag, 0))
         step = np.maximum(step, 1e-7 * np.maximum(np.abs(points), 1e-3 * (high - low)))
         g = [self.stieltjes(points + 1j * k * step) for k in range(5)]
         derivative = (-25 * g[0] + 48 * g[1] - 36 * g[2] + 16 * g[3] - 3 * g[4]) / (12j * step)
         return unfold(derivative, below)
 
-    def stieltjes_and_slope(
-        self, z: Numbers
-    ) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+    def stieltjes_and_slope(self, z: Numbers) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
         """G and G' together; overridden where they share work."""
         return self.stieltjes(z), self.slope(z)
 

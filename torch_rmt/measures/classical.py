@@ -14,9 +14,7 @@ from torch_rmt.measures.half_plane import Numbers, fold, two_cut_root, unfold
 def positive(name: str, value: float | int) -> float:
     """Return the value as a float, or say that it must be positive."""
     if not (np.isfinite(value) and value > 0):
-        raise ValueError(
-            f"{name} must be a finite number > 0, got {value}; for a law without spread use PointMass"
-        )
+        raise ValueError(f"{name} must be a finite number > 0, got {value}; for a law without spread use PointMass")
     return float(value)
 
 
@@ -227,8 +225,5 @@ class Arcsine(SpectralMeasure):
         if k < 0:
             raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
         centre, half = 0.5 * (self.low + self.high), 0.25 * (self.high - self.low)
-        terms = (
-            comb(k, 2 * j) * comb(2 * j, j) * centre ** (k - 2 * j) * half ** (2 * j)
-            for j in range(k // 2 + 1)
-        )
+        terms = (comb(k, 2 * j) * comb(2 * j, j) * centre ** (k - 2 * j) * half ** (2 * j) for j in range(k // 2 + 1))
         return float(sum(terms))

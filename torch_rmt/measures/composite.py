@@ -35,9 +35,7 @@ class Affine(SpectralMeasure):
     def _back(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         points = np.asarray(z, dtype=complex)
         moved = (points - self.shift) / self.scale
-        if (
-            self.scale < 0
-        ):  # a point of the axis stands for its upper side, which this map turns into the lower
+        if self.scale < 0:  # a point of the axis stands for its upper side, which this map turns into the lower
             axis = points.imag == 0
             moved = np.where(axis, moved.real, moved)
         return np.asarray(moved)
@@ -64,9 +62,7 @@ class Affine(SpectralMeasure):
 
     def support(self) -> tuple[Interval, ...]:
         """Images of the intervals."""
-        ends = [
-            sorted((self.scale * a + self.shift, self.scale * b + self.shift)) for a, b in self.base.support()
-        ]
+        ends = [sorted((self.scale * a + self.shift, self.scale * b + self.shift)) for a, b in self.base.support()]
         return tuple((a, b) for a, b in sorted(ends))
 
     def atoms(self) -> tuple[Atom, ...]:
@@ -161,9 +157,7 @@ class Mixture(SpectralMeasure):
         if len(parts) == 0 or share.size != len(parts):
             raise ValueError(f"a mixture needs one weight a part: {len(parts)} parts, {share.size} weights")
         if not np.all(np.isfinite(share)) or np.any(share < 0) or share.sum() <= 0:
-            raise ValueError(
-                "a mixture needs finite weights >= 0 with a positive sum: a law has no negative mass"
-            )
+            raise ValueError("a mixture needs finite weights >= 0 with a positive sum: a law has no negative mass")
         kept = np.flatnonzero(share > 0)
         self.parts = tuple(parts[i] for i in kept)
         self.weights: Float[np.ndarray, " n"] = share[kept] / share.sum()
@@ -178,9 +172,7 @@ class Mixture(SpectralMeasure):
 
     def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """Weighted sum of the parts' transforms."""
-        return np.asarray(
-            sum(w * part.stieltjes(z) for w, part in zip(self.weights, self.parts, strict=True))
-        )
+        return np.asarray(sum(w * part.stieltjes(z) for w, part in zip(self.weights, self.parts, strict=True)))
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """Weighted sum of the parts' slopes."""
@@ -188,9 +180,7 @@ class Mixture(SpectralMeasure):
 
     def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """Weighted sum of the parts' potentials."""
-        return np.asarray(
-            sum(w * part.log_potential(z) for w, part in zip(self.weights, self.parts, strict=True))
-        )
+        return np.asarray(sum(w * part.log_potential(z) for w, part in zip(self.weights, self.parts, strict=True)))
 
     def support(self) -> tuple[Interval, ...]:
         """Union of the parts' intervals, overlaps merged."""

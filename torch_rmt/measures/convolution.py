@@ -23,14 +23,10 @@ _FLOOR = 1e-120  # of the hull: the smallest point at which a product is asked f
 def _log_around(z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
     """Logarithm with the cut on the positive axis, which belongs to its upper side."""
     angle = np.angle(z)
-    return np.asarray(
-        np.log(np.abs(z)) + 1j * np.where(angle < -1e-9, angle + 2 * np.pi, np.maximum(angle, 0.0))
-    )
+    return np.asarray(np.log(np.abs(z)) + 1j * np.where(angle < -1e-9, angle + 2 * np.pi, np.maximum(angle, 0.0)))
 
 
-def _heavy_atoms(
-    factors: tuple[Factor, ...], allowance: float = 1.0
-) -> Iterator[tuple[tuple[float, ...], float]]:
+def _heavy_atoms(factors: tuple[Factor, ...], allowance: float = 1.0) -> Iterator[tuple[tuple[float, ...], float]]:
     """Choices of one atom a factor whose missing masses, sum of n_i (1 - m_i) / Lambda_i, stay below the allowance."""
     if not factors:
         yield (), allowance
@@ -74,9 +70,7 @@ class FreeConvolution(SpectralMeasure):
     def residual(self) -> float:
         """Largest relative backward error of the equations at the points of the mesh."""
         return float(
-            solve(
-                self.geometry, self.mesh.x.astype(complex), (self.mesh.x, self.mesh.coordinates)
-            ).residual.max()
+            solve(self.geometry, self.mesh.x.astype(complex), (self.mesh.x, self.mesh.coordinates)).residual.max()
         )
 
     @cached_property
@@ -92,9 +86,7 @@ class FreeConvolution(SpectralMeasure):
     def _potential(self, z: Complex[np.ndarray, " n"], s: Subordination) -> np.ndarray:
         """L from a solution."""
 
-    def stieltjes_and_slope(
-        self, z: Numbers
-    ) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+    def stieltjes_and_slope(self, z: Numbers) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
         """G and G' from one solution."""
         points, below = fold(z)
         flat = self._off_zero(points.ravel())
@@ -216,8 +208,7 @@ class FreeSum(FreeConvolution):
     def _atoms(self) -> tuple[Atom, ...]:
         counts = [f.count for f in self.factors]
         found = [
-            (sum(n * a for n, a in zip(counts, place, strict=True)), mass)
-            for place, mass in _heavy_atoms(self.factors)
+            (sum(n * a for n, a in zip(counts, place, strict=True)), mass) for place, mass in _heavy_atoms(self.factors)
         ]
         return tuple(sorted(found))
 
@@ -293,11 +284,11 @@ class FreeProduct(FreeConvolution):
         value = np.log(z) - (s.common - log_rest)  # log z - log(1 + M)
         for f, w, coordinate in zip(self.factors, s.points, s.coordinates, strict=True):
             potential = f.law.log_potential(w) - coordinate
-            potential = potential + 2j * np.pi * (
-                coordinate.imag > np.pi + 1e-9
-            )  # continued through the negative axis
+            potential = potential + 2j * np.pi * (coordinate.imag > np.pi + 1e-9)  # continued through the negative axis
             own = s.common if f.dimension == 1.0 else _log_around(p - 1.0 + f.dimension)
             value = value + (f.count / f.dimension) * (potential + own - log_rest)
+        # a mean of arguments of points above the axis lies between 0 and pi; rounding on a cut may add a turn
+        value.imag = np.mod(value.imag + 0.5 * np.pi, 2 * np.pi) - 0.5 * np.pi
         return np.asarray(value)
 
     @cached_property

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch_rmt.measures.half_plane import Numbers
 
 
-def _powers(moments: Float[np.ndarray, " n"], order: int) -> Float[np.ndarray, "m n"]:
+def _powers(moments: Float[np.ndarray, " n"], order: int) -> Float[np.ndarray, "rows columns"]:
     """Coefficients of x^0 .. x^order in (1 + sum_k m_k x^k)^s, one row for each s = 0 .. order."""
     series = np.concatenate([[1.0], moments])[: order + 1]
     rows = np.zeros((order + 1, order + 1))

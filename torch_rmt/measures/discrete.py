@@ -29,15 +29,11 @@ class Discrete(SpectralMeasure):
         t = np.array(nodes, dtype=float).ravel()
         p = np.ones(t.shape) if weights is None else np.array(weights, dtype=float).ravel()
         if t.size == 0 or not np.all(np.isfinite(t)):
-            raise ValueError(
-                "Discrete needs at least one node and only finite ones: drop NaN or infinite values first"
-            )
+            raise ValueError("Discrete needs at least one node and only finite ones: drop NaN or infinite values first")
         if p.shape != t.shape:
             raise ValueError(f"Discrete needs one weight a node: {t.size} nodes, {p.size} weights")
         if not np.all(np.isfinite(p)) or np.any(p < 0) or p.sum() <= 0:
-            raise ValueError(
-                "Discrete needs finite weights >= 0 with a positive sum: a law has no negative mass"
-            )
+            raise ValueError("Discrete needs finite weights >= 0 with a positive sum: a law has no negative mass")
         kept = p > 0
         t, inverse = np.unique(t[kept], return_inverse=True)
         p = np.bincount(inverse, weights=p[kept])
@@ -67,9 +63,7 @@ class Discrete(SpectralMeasure):
                 g.real[rows] = q @ self.weights
         return g.reshape(points.shape)
 
-    def stieltjes_and_slope(
-        self, z: Numbers
-    ) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+    def stieltjes_and_slope(self, z: Numbers) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
         """Both sums from one table; real arithmetic is several times faster than complex division."""
         points = np.asarray(z, dtype=complex)
         flat = points.ravel()

@@ -56,9 +56,7 @@ def _middle(low: np.ndarray, high: np.ndarray, log: bool) -> np.ndarray:
     middle = 0.5 * (low + high)
     if not log:
         return np.asarray(middle)
-    return np.asarray(
-        np.where(low * high > 0, np.sign(low) * np.sqrt(np.abs(low)) * np.sqrt(np.abs(high)), middle)
-    )
+    return np.asarray(np.where(low * high > 0, np.sign(low) * np.sqrt(np.abs(low)) * np.sqrt(np.abs(high)), middle))
 
 
 def _first_points(measure: Convolved) -> Float[np.ndarray, " n"]:
@@ -148,9 +146,7 @@ def _find_edges(
             inside = np.where(low_in_bulk[todo], low[todo], high[todo])
             found = branch_points(measure, mesh, outside, outside + (outside - inside))
             width = np.abs(outside - inside)
-            near = (np.minimum(inside, outside) - width <= found) & (
-                found <= np.maximum(inside, outside) + width
-            )
+            near = (np.minimum(inside, outside) - width <= found) & (found <= np.maximum(inside, outside) + width)
             edge[todo[near]] = found[near]
             todo = todo[~near]
         narrow = high[todo] - low[todo] <= 4e-16 * np.maximum(np.abs(low[todo]), np.abs(high[todo]))
@@ -167,9 +163,7 @@ def _cut(
     fraction = np.arange(1, _SECTIONS)[:, None] / _SECTIONS
     cuts = low + fraction * (high - low)
     if isinstance(measure.geometry, LogGeometry):
-        wide = (low * high > 0) & (
-            np.maximum(np.abs(low), np.abs(high)) > 2 * np.minimum(np.abs(low), np.abs(high))
-        )
+        wide = (low * high > 0) & (np.maximum(np.abs(low), np.abs(high)) > 2 * np.minimum(np.abs(low), np.abs(high)))
         with np.errstate(all="ignore"):
             cuts = np.where(wide, low * (high / low) ** fraction, cuts)
     fresh = measure.evaluate(np.unique(cuts), mesh)

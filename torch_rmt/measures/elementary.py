@@ -31,9 +31,7 @@ class Uniform(SpectralMeasure):
         """G(z) = (log(z - low) - log(z - high)) / (high - low)."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
-            return unfold(
-                (np.log(points - self.low) - np.log(points - self.high)) / (self.high - self.low), below
-            )
+            return unfold((np.log(points - self.low) - np.log(points - self.high)) / (self.high - self.low), below)
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -1 / ((z - low)(z - high))."""
@@ -117,9 +115,7 @@ class QuarterCircle(SpectralMeasure):
         """4 sqrt(r^2 - x^2) / (pi r^2)."""
         points = np.asarray(x, dtype=float)
         inside = (points >= 0) & (points <= self.radius)
-        return np.where(
-            inside, 4 / (pi * self.radius**2) * np.sqrt(np.maximum(self.radius**2 - points**2, 0)), 0.0
-        )
+        return np.where(inside, 4 / (pi * self.radius**2) * np.sqrt(np.maximum(self.radius**2 - points**2, 0)), 0.0)
 
     def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """(2 / pi)(u sqrt(1 - u^2) + arcsin u), u = x / r."""

@@ -193,9 +193,7 @@ def rectangular_product(laws: Sequence[SpectralMeasure], widths: Sequence[int | 
     2.0
     """
     if len(widths) != len(laws) + 1 or not laws:
-        raise ValueError(
-            f"{len(laws)} factors need {len(laws) + 1} widths, from input to output; got {len(widths)}"
-        )
+        raise ValueError(f"{len(laws)} factors need {len(laws) + 1} widths, from input to output; got {len(widths)}")
     if any(not (np.isfinite(width) and width > 0) for width in widths):
         raise ValueError(f"widths must be positive, got {list(widths)}")
     scale, factors = 1.0, []

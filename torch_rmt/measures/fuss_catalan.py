@@ -29,9 +29,7 @@ class FussCatalan(SpectralMeasure):
 
     def __init__(self, order: float | int) -> None:
         if not (np.isfinite(order) and order >= 0):
-            raise ValueError(
-                f"the order of a Fuss-Catalan law is a finite number >= 0 (its factors), got {order}"
-            )
+            raise ValueError(f"the order of a Fuss-Catalan law is a finite number >= 0 (its factors), got {order}")
         self.order = float(order)
 
     def __repr__(self) -> str:
@@ -42,9 +40,7 @@ class FussCatalan(SpectralMeasure):
         s = self.order
         return (s + 1) * log(s + 1) - s * log(s) if s > 0 else 0.0
 
-    def _log_x(
-        self, angle: Float[np.ndarray, " n"]
-    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    def _log_x(self, angle: Float[np.ndarray, " n"]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Return log x and d log x / d sigma at sigma = log tan(tau / 2)."""
         s = self.order
         tau = 2 * np.arctan(np.exp(angle))
@@ -73,9 +69,7 @@ class FussCatalan(SpectralMeasure):
         angle, table = self._table
         target = np.log(x)
         edge = self._log_edge
-        start = np.interp(
-            -np.log(np.maximum(edge - target, 1e-300)), -np.log(np.maximum(edge - table, 1e-300)), angle
-        )
+        start = np.interp(-np.log(np.maximum(edge - target, 1e-300)), -np.log(np.maximum(edge - table, 1e-300)), angle)
         sigma = np.asarray(start)
         low, high = np.full(x.shape, angle[0]), np.full(x.shape, angle[-1])
         for _ in range(60):
@@ -121,85 +115,83 @@ class FussCatalan(SpectralMeasure):
         """L = s M - log M."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
-            m = self._m(points)
-            value = self.order * m - np.log(m)
-        return unfold(np.asarray(value), below)
+            m = np.expm1(self._log_one_plus_m(points))
+            return unfold(self.order * m - np.log(m), below)
 
     def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = (1 + M) / z."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
-            return unfold(np.asarray((1.0 + self._m(points)) / points), below)
+            return unfold(np.exp(self._log_one_plus_m(points)) / points, below)
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G' = (M' - G) / z with z M' = M (1 + M) / (s M - 1)."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
-            m = self._m(points)
-            return unfold(np.asarray((m * (1 + m) / (self.order * m - 1) - 1 - m) / points**2), below)
+            kappa = self._log_one_plus_m(points)
+            m = np.expm1(kappa)
+            return unfold(np.exp(kappa) * (m / (self.order * m - 1) - 1) / points**2, below)
 
-    def _m(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
-        """M(z) = z G(z) - 1 on the closed upper half-plane."""
+    def _log_one_plus_m(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+        """log(1 + M(z)) = log(z G(z)) on the closed upper half-plane: exact where M is near 0 and where it is near -1."""
         if self.order == 0:
-            return np.asarray(1.0 / (z - 1.0))
+            return np.asarray(np.log(z) - np.log(z - 1.0))
         flat = z.ravel()
         result = np.empty_like(flat)
         x = flat.real
         axis = (flat.imag == 0) & (x > 0) & (x < self.bounds()[1])
         if axis.any():
-            _, tau, _, t = self._axis(x[axis])
-            result[axis] = np.sin(t) / np.sin(tau - t) * np.exp(-1j * tau)
+            _, tau, sine, t = self._axis(x[axis])
+            result[axis] = np.log(sine / np.sin(tau - t)) - 1j * t
         if not axis.all():
             result[~axis] = self._off_axis(flat[~axis])
         return np.asarray(result.reshape(z.shape))
 
     def _off_axis(self, z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
-        """Newton on log M along the path x + i y, y falling from far above; steps halved until Newton is quiet."""
+        """Newton along the path x + i y, y falling from far above; steps halved until Newton is quiet."""
         s, edge = self.order, self.bounds()[1]
         height = np.maximum(20.0 * edge, z.imag)
         current = z.real + 1j * height
-        ell = -np.log(current)
-        ell = self._newton(ell, np.log(current), 30)[0]
+        kappa = np.log1p(1.0 / current)
+        kappa = self._newton(kappa, np.log(current), 30)[0]
         ratio = np.full(z.shape, 0.3)
         floor = 1e-3 * np.abs(z)
         todo = np.flatnonzero(current != z)
-        for _ in range(4000):
+        for _ in range(1000):
             if not todo.size:
-                break
+                return kappa
             target = np.maximum(z.imag[todo], height[todo] * ratio[todo])
             target = np.where(target < floor[todo], z.imag[todo], target)
             there = z.real[todo] + 1j * target
-            step = np.log(there) - np.log(current[todo])
-            m = np.exp(ell[todo])
-            guess = ell[todo] + step * (1 + m) / (s * m - 1)
-            solved, error = self._newton(guess, np.log(there), 6)
-            good = (
-                (error < 1e-13)
-                & (np.abs(solved - guess) < 0.2)
-                & (solved.imag <= 1e-15)
-                & (solved.imag >= -np.pi)
+            m = np.expm1(kappa[todo])
+            ahead = np.log(there) - np.log(current[todo])
+            # along the tangent in log M or in log(1 + M), whichever is the straighter
+            small = np.abs(m) < 0.5
+            guess = np.where(
+                small, np.log1p(m * np.exp(ahead * (1 + m) / (s * m - 1))), kappa[todo] + ahead * m / (s * m - 1)
             )
-            good |= (error < 1e-13) & (ratio[todo] > 0.98)
+            solved, error = self._newton(guess, np.log(there), 6)
+            good = (error < 1e-13) & (np.abs(solved - guess) < 0.2) & (np.abs(solved.imag) <= np.pi)
             index = todo[good]
-            ell[index], height[index], current[index] = solved[good], target[good], there[good]
+            kappa[index], height[index], current[index] = solved[good], target[good], there[good]
             ratio[index] = np.maximum(0.3, ratio[index] ** 1.5)
             ratio[todo[~good]] = np.sqrt(ratio[todo[~good]])
             todo = todo[~(good & (target <= z.imag[todo]))]
-        if todo.size:
-            raise ArithmeticError(
-                f"{self!r}: no solution near z = {z[todo[0]]}; move the point off the edge of the support"
-            )
-        return np.asarray(np.exp(ell))
+        raise ArithmeticError(f"{self!r}: no solution near z = {z[todo[0]]}; move the point off the edge of the support")
 
-    def _newton(self, ell: np.ndarray, log_z: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    def _newton(self, kappa: np.ndarray, log_z: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Newton for (s + 1) log(1 + M) - log M = log z; returns log(1 + M) and the relative error."""
         s = self.order
         for _ in range(steps):
-            m = np.exp(ell)
-            error = (s + 1) * np.log1p(m) - ell - log_z
-            ell = ell - error * (1 + m) / (s * m - 1)
-        m = np.exp(ell)
-        error = np.abs((s + 1) * np.log1p(m) - ell - log_z)
-        return ell, error / np.maximum(1.0, np.abs(log_z) + s)
+            m = np.expm1(kappa)
+            error = (s + 1) * kappa - np.log(m) - log_z
+            kappa = np.where(
+                np.abs(m) < 0.5,
+                np.log1p(m * np.exp(-error * (1 + m) / (s * m - 1))),
+                kappa - error * m / (s * m - 1),
+            )
+        error = np.abs((s + 1) * kappa - np.log(np.expm1(kappa)) - log_z)
+        return kappa, error / np.maximum(1.0, np.abs(log_z) + s)
 
     def support(self) -> tuple[Interval, ...]:
         """From 0 to (s + 1)^(s + 1) / s^s."""

@@ -42,9 +42,7 @@ class Factor:
         """Moments 0 to 8."""
         return np.array([self.law.moment(k) for k in range(9)])
 
-    def shift(
-        self, w: Complex[np.ndarray, " n"]
-    ) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
+    def shift(self, w: Complex[np.ndarray, " n"]) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
         """h(w) = 1/G(w) - w and h'(w) on the closed upper half-plane, also far out, where the difference cancels."""
         with np.errstate(all="ignore"):
             g, slope = self.law.stieltjes_and_slope(w)
@@ -60,16 +58,12 @@ class Factor:
             h[far], dh[far] = self._far(w[far])
         return h, dh
 
-    def _far(
-        self, w: Complex[np.ndarray, " n"]
-    ) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
+    def _far(self, w: Complex[np.ndarray, " n"]) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
         k = np.arange(1, 9)
         inverse = 1.0 / w
         terms = self.moments[1:, None] * inverse ** k[:, None]
         m, dm = terms.sum(axis=0), -(k[:, None] * terms).sum(axis=0)  # dm = w M'(w)
-        scaled = self.moments[1:, None] * inverse ** (
-            k[:, None] - 1
-        )  # w M without a product of large and small
+        scaled = self.moments[1:, None] * inverse ** (k[:, None] - 1)  # w M without a product of large and small
         return -scaled.sum(axis=0) / (1 + m), -(m + m**2 + dm) / (1 + m) ** 2
 
 
@@ -119,9 +113,7 @@ class Geometry:
     def _grain(self) -> Float[np.ndarray, "k 1"]:
         return np.array([[1e-3 * (f.law.bounds()[1] - f.law.bounds()[0])] for f in self.factors])
 
-    def fields(
-        self, w: Complex[np.ndarray, "k n"]
-    ) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
+    def fields(self, w: Complex[np.ndarray, "k n"]) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
         """h_i(w_i) and its derivative, one row a law."""
         h, dh = np.empty_like(w), np.empty_like(w)
         for i, factor in enumerate(self.factors):
@@ -182,9 +174,7 @@ class LogGeometry(Geometry):
         """Relative errors: one."""
         return np.ones(w.shape)
 
-    def fields(
-        self, w: Complex[np.ndarray, "k n"]
-    ) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
+    def fields(self, w: Complex[np.ndarray, "k n"]) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
         """k_i(lambda_i) = -log(-h_i) and its derivative, one row a law."""
         k, dk = np.empty_like(w), np.empty_like(w)
         for i, factor in enumerate(self.factors):
@@ -220,9 +210,7 @@ class LogGeometry(Geometry):
         """log P_i, P_i = 1 + (P - 1)/Lambda_i."""
         if self._square:
             return super().shares(common)
-        return np.asarray(
-            common + np.log((1.0 - (1.0 - self._dimensions) * np.exp(-common)) / self._dimensions)
-        )
+        return np.asarray(common + np.log((1.0 - (1.0 - self._dimensions) * np.exp(-common)) / self._dimensions))
 
     def share_slopes(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"] | float:
         """d log P_i / d log P = 1 / (1 - (1 - Lambda_i)/P)."""

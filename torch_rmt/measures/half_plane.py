@@ -25,8 +25,6 @@ def unfold(values: Numbers, below: Bool[np.ndarray, "..."]) -> Complex[np.ndarra
     return np.asarray(np.where(below, np.conj(values), values))
 
 
-def two_cut_root(
-    z: Complex[np.ndarray, "..."], low: float | int, high: float | int
-) -> Complex[np.ndarray, "..."]:
+def two_cut_root(z: Complex[np.ndarray, "..."], low: float | int, high: float | int) -> Complex[np.ndarray, "..."]:
     """sqrt((z - low)(z - high)) with the cut [low, high], of order z at infinity, for z in the closed upper half-plane."""
     return np.asarray(np.sqrt(z - low) * np.sqrt(z - high))

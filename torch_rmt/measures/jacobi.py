@@ -130,9 +130,7 @@ class Wachter(SpectralMeasure):
             root = two_cut_root(points, *self.support()[0])
             linear = (2 * b - 1) * points + a - b
             plus, minus = root + linear, root - linear
-            f = np.where(
-                np.abs(minus) >= np.abs(plus), minus / (2 * b * (1 - b)), 2 * points * (points - 1) / plus
-            )
+            f = np.where(np.abs(minus) >= np.abs(plus), minus / (2 * b * (1 - b)), 2 * points * (points - 1) / plus)
             f = fold(np.where(f == 0, 1e-300, f))[0]
             w = points + (1 - b) * f
             value = ((1 - a) * np.log(w) + a * np.log(w - 1) - (1 - b) * np.log(f)) / b + np.log(b)

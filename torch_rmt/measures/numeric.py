@@ -154,9 +154,7 @@ def _invert(
         inside = (newton > lower[active]) & (newton < upper[active]) & (step % 4 != 3)
         move = np.where(inside, newton, _split(lower[active], upper[active]))
         small = np.abs(error) <= 2e-15
-        tight = upper[active] - lower[active] <= 4e-16 * np.maximum(
-            np.abs(lower[active]), np.abs(upper[active])
-        )
+        tight = upper[active] - lower[active] <= 4e-16 * np.maximum(np.abs(lower[active]), np.abs(upper[active]))
         settled = inside & (np.abs(move - value) <= 1e-15 * np.abs(value))
         x[active] = np.where(small, value, np.where(tight, upper[active], move))
         active = active[~(small | tight | settled)]

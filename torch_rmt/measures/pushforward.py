@@ -41,15 +41,12 @@ class GaussianPushforward(SpectralMeasure):
         self, fn: Callable[[np.ndarray], np.ndarray], variance: float | int, kinks: Sequence[float | int] = ()
     ) -> None:
         if not (np.isfinite(variance) and variance > 0):
-            raise ValueError(
-                f"variance must be a finite number > 0, got {variance}; fn(0) alone is a PointMass"
-            )
+            raise ValueError(f"variance must be a finite number > 0, got {variance}; fn(0) alone is a PointMass")
         self.fn, self.gaussian_variance, self.kinks = fn, float(variance), tuple(float(k) for k in kinks)
         sigma = np.sqrt(self.gaussian_variance)
         cuts = np.unique(np.clip([-_REACH, *(k / sigma for k in self.kinks), _REACH], -_REACH, _REACH))
         edges = [
-            np.linspace(a, b, int(np.ceil((b - a) / _PANEL)) + 1)
-            for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+            np.linspace(a, b, int(np.ceil((b - a) / _PANEL)) + 1) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
         ]
         left, right = np.concatenate([e[:-1] for e in edges]), np.concatenate([e[1:] for e in edges])
         left, right = self._monotone(*self._resolved(left, right))
@@ -69,22 +66,16 @@ class GaussianPushforward(SpectralMeasure):
         ends = np.stack([_evaluate(self._coefficients, np.full(keep.sum(), e)) for e in (-1.0, 1.0)])
         lowest, highest = self._values_at.min(axis=1), self._values_at.max(axis=1)
         # rounding at an end must not carry a function of one sign across zero
-        self._ends = np.where(
-            lowest >= 0, np.maximum(ends, 0.0), np.where(highest <= 0, np.minimum(ends, 0.0), ends)
-        )
+        self._ends = np.where(lowest >= 0, np.maximum(ends, 0.0), np.where(highest <= 0, np.minimum(ends, 0.0), ends))
 
     def __repr__(self) -> str:
         return f"GaussianPushforward({getattr(self.fn, '__name__', self.fn)!s}, variance={self.gaussian_variance})"
 
     def _values(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         t, _ = _nodes(left, right)
-        values = np.asarray(self.fn(np.sqrt(self.gaussian_variance) * t.ravel()), dtype=float).reshape(
-            t.shape
-        )
+        values = np.asarray(self.fn(np.sqrt(self.gaussian_variance) * t.ravel()), dtype=float).reshape(t.shape)
         if not np.all(np.isfinite(values)):
-            raise ValueError(
-                f"the function is not finite within {_REACH} standard deviations of 0: its law is no law"
-            )
+            raise ValueError(f"the function is not finite within {_REACH} standard deviations of 0: its law is no law")
         return values
 
     def _resolved(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -204,9 +195,7 @@ class GaussianPushforward(SpectralMeasure):
                 result = result + mass / (flat - location)
         return unfold(result.reshape(points.shape), below)
 
-    def stieltjes_and_slope(
-        self, z: Numbers
-    ) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+    def stieltjes_and_slope(self, z: Numbers) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
         """G and G' from one table and one search for poles."""
         points, below = fold(z)
         flat = points.ravel()
@@ -303,8 +292,7 @@ class GaussianPushforward(SpectralMeasure):
         if k < 0:
             raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
         return float(
-            (self._gauss * self._values_at**k).sum()
-            + sum(mass * location**k for location, mass in self._atoms)
+            (self._gauss * self._values_at**k).sum() + sum(mass * location**k for location, mass in self._atoms)
         )
 
 

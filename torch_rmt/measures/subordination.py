@@ -106,9 +106,7 @@ def _newton(
     return w, size, quiet
 
 
-def _residual(
-    geometry: Geometry, zeta: np.ndarray, w: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
+def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
     """Backward error (of the coordinates and of the point, relative), h' and the common weight at a solution."""
     h, dh = geometry.fields(w)
     rho, c = geometry.residual(zeta, w, h)
@@ -122,9 +120,7 @@ def _residual(
 
 def _is_real(geometry: Geometry, w: np.ndarray) -> Bool[np.ndarray, "k n"]:
     """Whether coordinates stand for real points: for products also in the middle of a strip of width 2 pi."""
-    turn = (
-        np.abs(np.sin(w.imag)) if isinstance(geometry, LogGeometry) else np.abs(w.imag) / geometry.length(w)
-    )
+    turn = np.abs(np.sin(w.imag)) if isinstance(geometry, LogGeometry) else np.abs(w.imag) / geometry.length(w)
     return np.asarray(turn <= _INTERIOR)
 
 
@@ -160,9 +156,7 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
     return w, accepted
 
 
-def _real_solution(
-    geometry: Geometry, zeta: np.ndarray, w: np.ndarray
-) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
+def _real_solution(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
     """Polish solutions on the boundary of the half-plane, where the stable one is the right one."""
 
     def snap(w: np.ndarray) -> np.ndarray:
@@ -191,9 +185,7 @@ def _stable(
     With a_i = dw_i/dF = 1/(1 + h_i') the map of two laws has slope h_1' h_2' <= 1 when a_1 + a_2 - 1, which is dw/dF
     of their sum, has the sign of a_1 a_2; laws are joined one by one. Edges, where it vanishes, are let through.
     """
-    if np.ndim(
-        c
-    ):  # rectangular: a coordinate on the point's side of its strip moves with it, else against it
+    if np.ndim(c):  # rectangular: a coordinate on the point's side of its strip moves with it, else against it
         sense = np.where(np.abs(w.imag - zeta.imag) < 1.0, 1.0, -1.0) * _tangent(geometry, dh, c)
         return np.asarray(np.all(sense.real > -1e-6, axis=0))
     with np.errstate(all="ignore"):
@@ -335,9 +327,7 @@ def solve(
     else:
         w, done = _descend(geometry, z)
     if not done.all():
-        retry = np.flatnonzero(
-            ~done
-        )  # isolated points where a coordinate is infinite: step aside by rounding
+        retry = np.flatnonzero(~done)  # isolated points where a coordinate is infinite: step aside by rounding
         aside = z[retry] + 1e-13 * np.maximum(
             np.abs(z[retry]), 0.0 if isinstance(geometry, LogGeometry) else geometry.scale
         )

@@ -94,9 +94,7 @@ def inverse_stieltjes(measure: SpectralMeasure, g: Numbers) -> Complex[np.ndarra
     factor = Factor(measure)
     centre = measure.mean
     # start so small that the first target is far outside the support
-    shrink = (
-        np.minimum(1.0, 1.0 / (np.maximum(np.abs(flat), 1e-300) * 50 * max(factor.radius, 1e-300))) / _START
-    )
+    shrink = np.minimum(1.0, 1.0 / (np.maximum(np.abs(flat), 1e-300) * 50 * max(factor.radius, 1e-300))) / _START
 
     def target(s: np.ndarray, index: np.ndarray) -> np.ndarray:
         grown = np.exp(np.log(s) / np.log(_START) * np.log(np.minimum(_START * shrink[index], 1.0)))
@@ -127,9 +125,7 @@ def inverse_m(measure: SpectralMeasure, u: Numbers) -> Complex[np.ndarray, "..."
     factor = Factor(measure)
     centre = measure.mean
     if abs(centre) <= 1e-12 * max(factor.radius, 1e-300):
-        raise ValueError(
-            "M and S have no inverse near 0 for a law of mean zero; shift the law or use its square"
-        )
+        raise ValueError("M and S have no inverse near 0 for a law of mean zero; shift the law or use its square")
     shrink = np.minimum(1.0, abs(centre) / (np.maximum(np.abs(flat), 1e-300) * 50 * factor.radius)) / _START
 
     def target(s: np.ndarray, index: np.ndarray) -> np.ndarray:

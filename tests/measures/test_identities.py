@@ -1,0 +1,211 @@
+"""Classical identities, limits with their rates, drawn matrices, edges, and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+from scipy.special import ndtr
+
+from torch_rmt.measures import (
+    Arcsine,
+    Bernoulli,
+    Discrete,
+    FussCatalan,
+    GaussianPushforward,
+    KestenMcKay,
+    MarchenkoPastur,
+    PointMass,
+    Semicircle,
+    SpectralMeasure,
+    Uniform,
+    Wachter,
+    free_add,
+    free_compress,
+    free_mul,
+    free_poisson,
+    free_power,
+    rectangular_product,
+)
+
+SIGNS = Discrete([-1.0, 1.0])
+IDENTITIES = {
+    "free Poisson laws add": (
+        lambda: free_add(free_poisson(2.0, 0.5), free_poisson(3.0, 0.5)),
+        free_poisson(5.0, 0.5),
+    ),
+    "sign plus sign is arcsine": (lambda: free_power(SIGNS, 2, kind="additive"), Arcsine(-2.0, 2.0)),
+    "sum of d signs is Kesten-McKay": (lambda: free_power(SIGNS, 3.5, kind="additive"), KestenMcKay(3.5)),
+    "corner of a projection is Wachter": (lambda: free_compress(Bernoulli(0.4), 0.3), Wachter(0.4, 0.3)),
+    "powers of Marchenko-Pastur are Fuss-Catalan": (lambda: free_power(MarchenkoPastur(1.0), 5), FussCatalan(5)),
+    "of any real order": (lambda: free_power(FussCatalan(0.8), 2.5), FussCatalan(2.0)),
+    "products too": (lambda: free_mul(FussCatalan(1.5), MarchenkoPastur(1.0)), FussCatalan(2.5)),
+    "order one is Marchenko-Pastur": (lambda: FussCatalan(1), MarchenkoPastur(1.0)),
+    "normal quantiles are uniform": (lambda: GaussianPushforward(ndtr, 1.0), Uniform(0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_identity(name: str) -> None:
+    make, wanted = IDENTITIES[name]
+    law = make()
+    low, high = wanted.bounds()
+    x = low + (high - low) * np.linspace(0.013, 0.987, 61)
+    assert np.allclose(law.density(x), wanted.density(x), rtol=1e-9, atol=1e-12)
+    assert np.allclose(law.cdf(x), wanted.cdf(x), atol=1e-12)
+    assert np.allclose(law.support(), wanted.support(), rtol=1e-8, atol=1e-12)
+    assert np.allclose(np.reshape(law.atoms(), (-1, 2)), np.reshape(wanted.atoms(), (-1, 2)), atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [0.5, 3, 64, 8192])
+def test_fuss_catalan_against_fifty_digits(order: float) -> None:
+    mpmath = pytest.importorskip("mpmath")
+    law = FussCatalan(order)
+    edge = law.bounds()[1]
+    x = edge * np.concatenate([np.geomspace(1e-12, 0.5, 5), 1 - np.geomspace(1e-6, 0.3, 5)])
+    errors = []
+    with mpmath.workdps(50):
+        for point, got in zip(x, law.density(x), strict=True):
+            start = complex(law.stieltjes(point)) * point - 1
+            target = mpmath.log(mpmath.mpf(float(point)))
+
+            def equation(m: object, target: object = target) -> object:
+                return (order + 1) * mpmath.log(1 + m) - mpmath.log(m) - target
+
+            m = mpmath.findroot(equation, (mpmath.mpc(start), mpmath.mpc(start) * (1 + 1e-7)), tol=1e-60, verify=False)
+            errors.append(abs(float(-m.imag / mpmath.pi / mpmath.mpf(float(point))) / got - 1))
+    assert np.median(errors) < 1e-10
+    assert max(errors) < 1e-6
+
+
+def wasserstein(a: SpectralMeasure, b: SpectralMeasure) -> float:
+    p = (np.arange(400) + 0.5) / 400
+    return float(np.mean(np.abs(a.quantile(p) - b.quantile(p))))
+
+
+@pytest.mark.parametrize(("law", "rate"), [(Discrete([-1.0, 1.0]), -1.0), (Discrete([-0.5, 2.0], [0.8, 0.2]), -0.5)])
+def test_free_central_limit(law: Discrete, rate: float) -> None:
+    sizes = np.array([16, 32, 64])
+    far = []
+    for n in sizes.tolist():
+        scaled = Discrete(law.nodes / np.sqrt(n), law.weights)
+        far.append(wasserstein(free_power(scaled, n, kind="additive"), Semicircle(law.variance)))
+    assert np.polyfit(np.log(sizes), np.log(far), 1)[0] == pytest.approx(rate, abs=0.1)
+
+
+def test_free_poisson_limit() -> None:
+    sizes = np.array([20, 40, 80])
+    limit = free_poisson(2.0, 0.5)
+    far = [wasserstein(free_power(Bernoulli(2.0 / n, high=0.5), n, kind="additive"), limit) for n in sizes.tolist()]
+    assert np.polyfit(np.log(sizes), np.log(far), 1)[0] == pytest.approx(-1.0, abs=0.1)
+
+
+def haar(n: int, generator: np.random.Generator) -> np.ndarray:
+    q, r = np.linalg.qr(generator.standard_normal((n, n)))
+    return q * np.sign(np.diag(r))
+
+
+def drawn(kind: str, n: int, generator: np.random.Generator) -> tuple[np.ndarray, SpectralMeasure]:
+    a, b = Uniform(0.5, 2.0), Discrete([0.0, 1.0, 3.0], [0.5, 0.25, 0.25])
+    levels = (np.arange(n) + 0.5) / n
+    x, y = a.quantile(levels), b.quantile(levels)
+    u = haar(n, generator)
+    moved = (u * y) @ u.T
+    if kind == "sum":
+        return np.diag(x) + moved, free_add(a, b)
+    root = np.sqrt(x)
+    return root[:, None] * moved * root, free_mul(a, b)
+
+
+@pytest.mark.parametrize("kind", ["sum", "product"])
+def test_drawn_matrices_come_near_like_one_over_n(kind: str) -> None:
+    sizes = np.array([250, 500, 1000])
+    far = []
+    for n in sizes:
+        distances = []
+        for seed in range(3):
+            matrix, law = drawn(kind, int(n), np.random.default_rng(seed))
+            eigenvalues = np.linalg.eigvalsh(matrix)
+            distances.append(np.mean(np.abs(eigenvalues - law.quantile((np.arange(n) + 0.5) / n))))
+        far.append(np.mean(distances))
+    assert np.polyfit(np.log(sizes), np.log(far), 1)[0] == pytest.approx(-1.0, abs=0.25)
+
+
+def test_drawn_rectangular_product() -> None:
+    far = []
+    for n in (200, 800):
+        generator = np.random.default_rng(n)
+        widths = (n, 2 * n, n // 2)
+        a = generator.standard_normal((2 * n, n)) / np.sqrt(n)
+        b = generator.standard_normal((n // 2, 2 * n)) / np.sqrt(2 * n)
+        law = rectangular_product([MarchenkoPastur(0.5, 2.0), MarchenkoPastur(4.0, 0.25)], widths)
+        eigenvalues = np.linalg.eigvalsh((b @ a).T @ (b @ a))
+        far.append(np.mean(np.abs(eigenvalues - law.quantile((np.arange(n) + 0.5) / n))))
+        assert law.atoms()[0] == pytest.approx((0.0, 0.5))
+    assert far[1] < 0.4 * far[0]
+
+
+def test_edges_beside_a_semicircle_are_those_of_biane() -> None:
+    law, variance = Discrete([0.0, 1.0, 2.5], [0.5, 0.3, 0.2]), 0.02
+    total = free_add(law, Semicircle(variance))
+
+    def excess(u: float) -> float:
+        return float(variance * np.sum(law.weights / (u - law.nodes) ** 2) - 1)
+
+    brackets = [(-1, -0.01), (0.01, 0.5), (0.5, 0.99), (1.01, 1.7), (1.7, 2.49), (2.51, 4)]
+    roots = np.array([brentq(excess, a, b, xtol=1e-15) for a, b in brackets])
+    wanted = roots + variance * law.stieltjes(roots).real
+    assert np.ravel(total.support()) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("theta", [1.5, 4.0, -2.0])
+def test_subordination_places_the_outlier_of_a_spike(theta: float) -> None:
+    # beside a semicircle w(z) = z - v G(z), so that a spike theta is seen at theta + v G_A(theta)
+    law, variance = Uniform(-1.0, 1.0), 0.1
+    where = theta + variance * float(law.stieltjes(theta).real)
+    s = free_add(law, Semicircle(variance)).subordination(where)  # type: ignore[attr-defined]
+    assert s.points[0, 0] == pytest.approx(theta, rel=1e-12)
+
+
+def test_ten_decades() -> None:
+    law = free_mul(Discrete(np.geomspace(1e-10, 1.0, 12)), MarchenkoPastur(0.05))
+    intervals = law.support()
+    assert len(intervals) == 12
+    assert intervals[0][0] > 1e-11
+    for low, high in intervals:
+        x = np.geomspace(low, high, 2000)
+        assert np.trapezoid(law.density(x), x) == pytest.approx(1 / 12, rel=1e-3)
+        assert np.diff(law.cdf([low, high]))[0] == pytest.approx(1 / 12, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Discrete([]),
+        lambda: Discrete([0.0, np.nan]),
+        lambda: Discrete([0.0, 1.0], [1.0, -0.5]),
+        lambda: Discrete([0.0, 1.0], [1.0]),
+        lambda: Semicircle(-1.0),
+        lambda: Semicircle(np.nan),
+        lambda: MarchenkoPastur(0.0),
+        lambda: FussCatalan(-0.1),
+        lambda: Wachter(1.2, 0.5),
+        lambda: free_mul(Semicircle(), SIGNS),
+        lambda: free_power(SIGNS, 2),
+        lambda: free_power(Semicircle(), 0.5),
+        lambda: free_power(Semicircle(), 2, kind="additive").quantile(1.5),
+        lambda: free_compress(SIGNS, 0.0),
+        lambda: free_add(),
+        lambda: rectangular_product([MarchenkoPastur(0.5)], [100, 50]),
+        lambda: GaussianPushforward(lambda h: 1 / h, -1.0),
+    ],
+)
+def test_refuses_with_advice(make: object) -> None:
+    with pytest.raises(ValueError, match=r".{20,}"):
+        make()  # type: ignore[operator]
+
+
+def test_sums_with_points_stay_in_closed_form() -> None:
+    assert free_add(PointMass(1.0), PointMass(2.0)).atoms() == ((3.0, 1.0),)
+    assert free_mul(PointMass(2.0), MarchenkoPastur(0.5)).mean == 2.0
+    assert free_mul(PointMass(0.0), MarchenkoPastur(0.5)).atoms() == ((0.0, 1.0),)
