@@ -84,8 +84,8 @@ class TracyWidom:
             if not 0.0 < level < 1.0:
                 return float(np.sign(level - 0.5)) * np.inf
             if level > 1.0 - 1e-7:
-                return float(brentq(lambda s: self.survival(s) - (1.0 - level), 4.0, 40.0))
-            return float(brentq(lambda s: self.cdf(s) - level, _LOW, _HIGH, xtol=1e-13))
+                return float(brentq(lambda s: float(self.survival(np.array(s))) - (1.0 - level), 4.0, 40.0))
+            return float(brentq(lambda s: float(self.cdf(np.array(s))) - level, _LOW, _HIGH, xtol=1e-13))
 
         return np.array([one(level) for level in np.atleast_1d(levels).ravel()]).reshape(levels.shape)
 

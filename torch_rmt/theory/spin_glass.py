@@ -74,7 +74,7 @@ class SphericalSpinGlass:
         index = _checked_index(index)
         top = self.threshold_energy
         # at k the first term, at most log(p - 1)/2, must fall to zero: by 3 E_inf + 3 it has for every k >= 0
-        root = brentq(lambda e: float(self.complexity(-e, index=index)), top, 3.0 * top + 3.0, xtol=1e-15)
+        root = brentq(lambda e: float(self.complexity(np.array(-e), index=index)), top, 3.0 * top + 3.0, xtol=1e-15)
         return float(root)
 
     def complexity(self, u: ArrayLike, *, index: int | None = None) -> Float[np.ndarray, "..."]:
@@ -91,10 +91,10 @@ class SphericalSpinGlass:
         point = np.asarray(u, dtype=float)
         e = self.threshold_energy
         if index is None:
-            return self._rate(np.minimum(point, 0.0)) - self._cost(np.minimum(point, -e))
+            return np.asarray(self._rate(np.asarray(np.minimum(point, 0.0))) - self._cost(np.asarray(np.minimum(point, -e))))
         index = _checked_index(index)
-        below = np.minimum(point, -e)
-        return self._rate(below) - (index + 1.0) * self._cost(below)
+        below = np.asarray(np.minimum(point, -e))
+        return np.asarray(self._rate(below) - (index + 1.0) * self._cost(below))
 
     def complexity_at_fraction(self, u: ArrayLike, fraction: float) -> Float[np.ndarray, "..."]:
         """Rate of the number of critical points of energy at most N u of which a fraction of the directions falls.

@@ -1,0 +1,201 @@
+"""The Fisher laws: the paper's double integral, elliptic integrals, drawn networks, and mean-field statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.theory.drawn_matrices import TORCH_ACTIVATIONS, normal
+from torch_rmt.measures import FussCatalan
+from torch_rmt.theory import (
+    DeepFisherLaw,
+    FisherLaw,
+    FisherStep,
+    deep_fisher_spectrum,
+    deep_fisher_statistics,
+    fisher_spectrum,
+    linear_fisher_density,
+)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "linear"])
+def test_the_double_integral_of_pennington_and_worah(activation: str) -> None:
+    law = fisher_spectrum(activation).measure
+    assert isinstance(law, FisherLaw)
+    angle = np.pi * (np.arange(200) + 0.5) / 400.0
+    x, weight = 4.0 * np.sin(angle) ** 2, 4.0 / np.pi * np.cos(angle) ** 2 * np.pi / 400.0
+    e, f, zeta = law.eta, law.eta_prime, law.zeta
+    first, second = (f - zeta + zeta * x)[:, None], (e - zeta + zeta * x)[None, :]
+    for z in (0.3 + 0.4j, 2.0 + 0.5j, -1.0 + 0.1j):
+        below = 2.0 * ((e - zeta) * (f - zeta) + first * (z - e + zeta) + second * (z - f + zeta) - z**2)
+        expected = weight @ ((first + second - 2.0 * z) / below) @ weight
+        assert complex(law.stieltjes(np.array([z]))[0]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_linear_by_elliptic_integrals() -> None:
+    law = fisher_spectrum("linear").measure
+    x = np.linspace(0.05, 7.95, 80)
+    np.testing.assert_allclose(law.density(x), linear_fisher_density(x), atol=1e-10)
+    assert law.atoms() == ((0.0, 0.5),)
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    total = sum(2.0 * weights @ linear_fisher_density(low + 2.0 * (nodes + 1.0)) for low in (0.0, 4.0))
+    assert total == pytest.approx(0.5, abs=1e-8)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "linear"])
+def test_moments(activation: str) -> None:
+    prediction = fisher_spectrum(activation)
+    assert prediction.measure.moment(2) == pytest.approx(prediction.scalars["second_moment"], rel=1e-9)
+
+
+def test_no_linear_part_leaves_two_atoms() -> None:
+    assert FisherLaw(eta=1.0, eta_prime=2.0, zeta=0.0).atoms() == ((1.0, 0.5), (2.0, 0.5))
+    with pytest.raises(ValueError, match="zeta"):
+        FisherLaw(eta=1.0, eta_prime=0.2, zeta=0.5)
+
+
+def test_deep_linear_two_layers_is_a_shifted_marchenko_pastur() -> None:
+    step = FisherStep(shift=0.7, gain=1.3, slopes2=(1.0,), weights=(1.0,), gaussian=True)
+    law = DeepFisherLaw(start=0.9, steps=(step,))
+    x = np.linspace(1.0, 4.0, 20)
+    known = FussCatalan(1).density((x - 0.7) / (1.3 * 0.9)) / (1.3 * 0.9)
+    np.testing.assert_allclose(law.density(x), known, rtol=1e-8)
+    np.testing.assert_allclose(law.cdf(x), FussCatalan(1).cdf((x - 0.7) / (1.3 * 0.9)), atol=1e-8)
+
+
+def deep_theta(
+    activation: str, depth: int, n: int, sigma_w: float, ensemble: str, generator: torch.Generator
+) -> tuple[np.ndarray, list[float], list[torch.Tensor]]:
+    """Eigenvalues of J J^T / n by the chain rule, with the drawn |x|^2/n and D^2 of every layer."""
+    x = normal(generator, n)
+    x = x / x.norm() * n**0.5
+    theta, seconds, slopes2 = torch.zeros(n, n, dtype=torch.float64), [], []
+    for _ in range(depth):
+        weight = normal(generator, n, n) / n**0.5
+        if ensemble == "orthogonal":
+            q, r = torch.linalg.qr(weight)
+            weight = q * torch.sign(torch.diagonal(r))
+        weight = sigma_w * weight
+        seconds.append(float(x @ x) / n)
+        if slopes2:
+            root = slopes2[-1].sqrt()
+            theta = weight @ (root[:, None] * theta * root[None, :]) @ weight.T
+        theta = theta + seconds[-1] * torch.eye(n, dtype=torch.float64)
+        h = (weight @ x).requires_grad_(True)
+        y = TORCH_ACTIVATIONS[activation](h)
+        (slope,) = torch.autograd.grad(y.sum(), h)
+        slopes2.append(slope**2)
+        x = y.detach()
+    return torch.linalg.eigvalsh(theta).numpy(), seconds, slopes2
+
+
+@pytest.mark.parametrize("ensemble", ["gaussian", "orthogonal"])
+def test_deep_fisher_of_drawn_networks_converges(ensemble: str) -> None:
+    """The drawn lengths and slopes go into the law: their own fluctuation, 1/sqrt(n), is no business of the recursion."""
+    distances = []
+    for n in (32, 64, 128):
+        found = []
+        for seed in range(3):
+            values, seconds, slopes2 = deep_theta("tanh", 3, n, 1.3, ensemble, torch.Generator().manual_seed(seed))
+            steps = tuple(
+                FisherStep(
+                    shift=second,
+                    gain=1.69,
+                    slopes2=tuple(slope.tolist()),
+                    weights=(1.0 / n,) * n,
+                    gaussian=ensemble == "gaussian",
+                )
+                for second, slope in zip(seconds[1:], slopes2, strict=False)
+            )
+            law = DeepFisherLaw(start=seconds[0], steps=steps)
+            # Cauchy's transform above the axis, a distance that needs no quantiles
+            z = np.linspace(values[0], values[-1], 24) + 0.1j
+            empirical = (1.0 / (z[:, None] - values[None, :])).mean(axis=1)
+            found.append(np.abs(law.stieltjes(z) - empirical).mean())
+        distances.append(np.mean(found))
+    assert distances[2] < 0.4 * distances[0], distances
+    assert all(d < 8.0 / n for d, n in zip(distances, (32, 64, 128), strict=True)), distances
+
+
+def test_deep_fisher_prediction_has_mass_one_and_its_mean() -> None:
+    prediction = deep_fisher_spectrum("relu", depth=3, width=200, sigma_w=2.0**0.5)
+    law = prediction.measure
+    assert law.mean == pytest.approx(3.0, rel=1e-7)
+    assert law.atoms() == ((pytest.approx(1.0), pytest.approx(0.5)),)
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    (low, high), *_ = law.support()
+    x = 0.5 * (low + high) - 0.5 * (high - low) * np.cos(0.5 * np.pi * (nodes + 1.0))
+    piece = law.density(x) * 0.25 * np.pi * (high - low) * np.sin(0.5 * np.pi * (nodes + 1.0)) * weights
+    assert piece.sum() == pytest.approx(0.5, abs=2e-3)
+    assert float(law.cdf(np.array(0.5 * (low + high)))) == pytest.approx(
+        0.5 + piece[x < 0.5 * (low + high)].sum(), abs=2e-2
+    )
+
+
+@pytest.mark.parametrize(("activation", "sigma_b"), [("tanh", 0.3), ("relu", 0.0)])
+def test_statistics_of_drawn_networks(activation: str, sigma_b: float) -> None:
+    """Trace, trace of the square and largest eigenvalue of the dual matrix, through autograd, averaged over draws."""
+    phi = TORCH_ACTIVATIONS[activation]
+    errors = []
+    for width in (30, 60, 120):
+        widths, samples = (width, width, width, 2), 8
+        stated = deep_fisher_statistics(
+            activation, widths=widths, n_samples=samples, sigma_w=1.4, sigma_b=sigma_b
+        )
+        traces, squares, tops = [], [], []
+        for seed in range(12):
+            generator = torch.Generator().manual_seed(seed)
+            parameters, shapes = [], list(zip(widths, widths[1:], strict=False))
+            for n_in, n_out in shapes:
+                parameters.append((1.4 * normal(generator, n_out, n_in) / n_in**0.5).requires_grad_(True))
+                if sigma_b:
+                    parameters.append((sigma_b * normal(generator, n_out)).requires_grad_(True))
+            rows = []
+            for _ in range(samples):
+                x = normal(generator, width)
+                x = x / x.norm() * width**0.5
+                stride = 2 if sigma_b else 1
+                for layer in range(len(shapes)):
+                    x = parameters[stride * layer] @ x
+                    if sigma_b:
+                        x = x + parameters[stride * layer + 1]
+                    if layer + 1 < len(shapes):
+                        x = phi(x)
+                for out in range(2):
+                    grads = torch.autograd.grad(x[out], parameters, retain_graph=True)
+                    rows.append(torch.cat([g.reshape(-1) for g in grads]))
+            jacobian = torch.stack(rows)
+            dual = torch.linalg.eigvalsh(jacobian @ jacobian.T / samples)
+            traces.append(float(dual.sum()) / stated.parameters)
+            squares.append(float((dual**2).sum()) / stated.parameters)
+            tops.append(float(dual[-2:].mean()))
+        errors.append(
+            [
+                np.mean(traces) / stated.mean - 1.0,
+                np.mean(squares) / stated.second_moment - 1.0,
+                np.mean(tops) / stated.largest_eigenvalue - 1.0,
+            ]
+        )
+    final = np.abs(errors[-1])
+    assert final[0] < 0.05, errors
+    assert final[1] < 0.2, errors
+    # the top eigenvalue is that of k_1 + (N - 1) k_2 up to the fluctuation of the kernel between samples
+    assert final[2] < 0.35, errors
+    assert abs(errors[-1][1]) < abs(errors[0][1]) + 0.05
+
+
+def test_karakida_reduces_to_counting_for_a_linear_network() -> None:
+    stated = deep_fisher_statistics("linear", widths=(40, 30, 20, 5), n_samples=7, sigma_w=1.0)
+    assert stated.diagonal == pytest.approx(40.0 + 30.0 + 20.0)
+    assert stated.off_diagonal == pytest.approx(0.0, abs=1e-12)
+    assert stated.mean == pytest.approx(5 * 90.0 / (1200 + 600 + 100))
+    assert stated.max_stable_lr == pytest.approx(2.0 / (90.0 / 7.0))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="depth"):
+        deep_fisher_spectrum("tanh", depth=1, width=10, sigma_w=1.0)
+    with pytest.raises(ValueError, match="ensemble"):
+        deep_fisher_spectrum("tanh", depth=2, width=10, sigma_w=1.0, ensemble="uniform")
+    with pytest.raises(ValueError, match="correlation"):
+        deep_fisher_statistics("tanh", widths=(5, 5), n_samples=3, sigma_w=1.0, input_correlation=2.0)
