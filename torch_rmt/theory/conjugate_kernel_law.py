@@ -146,7 +146,9 @@ class LayeredKernelLaw(NewtonLaw):
         A, c0 = y[-1], c[0]
         small = np.abs(c0) * 1e9 < np.abs(A)
         safe = np.where(small, 1.0, c0)
-        inner = log_from_below(safe) + self.input_law.log_potential(np.where(small, 1j, A / safe))
+        w = np.where(small, 1j, A / safe)
+        # in a gap rounding must not put w below the axis, where the logarithm has the other sign
+        inner = log_from_below(safe) + self.input_law.log_potential(w.real + 1j * np.abs(w.imag))
         value = np.where(small, log_from_above(A) - self.input_law.mean * c0 / A, inner)
         for k, layer in enumerate(self.layers):
             e = y[k]
