@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 Array = Float[np.ndarray, "..."]
+Number = float | int  # what users pass where a float is meant; checked at run time in the tests
 ArrayFunction = Callable[[Array], Array]
 
 
@@ -41,9 +42,7 @@ class Activation:
         ends = np.array([-60.0, *self.kinks, 60.0])
         # Irrational multiples, so that a periodic function is not met at its period.
         inside = np.modf(np.arange(1, 400) * (np.sqrt(5) - 1) / 2)[0]
-        slopes = np.asarray(
-            self.derivative(ends[:-1, None] + np.diff(ends)[:, None] * inside), dtype=np.float64
-        )
+        slopes = np.asarray(self.derivative(ends[:-1, None] + np.diff(ends)[:, None] * inside), dtype=np.float64)
         if np.ptp(slopes, axis=1).max() > 1e-9 * max(1.0, float(np.abs(slopes).max())):
             return None
         return tuple(float(s) for s in np.median(slopes, axis=1))
@@ -102,7 +101,7 @@ def activation_names() -> tuple[str, ...]:
     return tuple(ACTIVATIONS)
 
 
-def leaky_relu(slope: float = 0.01) -> Activation:
+def leaky_relu(slope: Number = 0.01) -> Activation:
     """h for h > 0, slope * h below; slope 0 is ReLU, 1 the identity.
 
     Example:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from torch_rmt.measures.base import SpectralMeasure
-from torch_rmt.theory.activation import Activation, as_activation
+from torch_rmt.theory.activation import Activation, Number, as_activation
 from torch_rmt.theory.mean_field import checked_sigma, mean_field
 from torch_rmt.theory.moments import is_scale_invariant, second_moment
 
@@ -35,10 +35,10 @@ class Layer:
     n_in: int
     n_out: int
     activation: Activation | None
-    sigma_w: float
-    sigma_b: float = 0.0
+    sigma_w: Number
+    sigma_b: Number = 0.0
     ensemble: Ensemble | SpectralMeasure = "gaussian"
-    q: float | None = None
+    q: Number | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class Architecture:
     """
 
     layers: tuple[Layer, ...]
-    input_second_moment: float | None = None
+    input_second_moment: Number | None = None
     unknown: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -87,13 +87,13 @@ class Architecture:
         depth: int,
         width: int,
         activation: object,
-        sigma_w: float,
-        sigma_b: float = 0.0,
+        sigma_w: Number,
+        sigma_b: Number = 0.0,
         ensemble: Ensemble = "gaussian",
         n_in: int | None = None,
         n_out: int | None = None,
-        q: float | None = None,
-        input_second_moment: float | None = None,
+        q: Number | None = None,
+        input_second_moment: Number | None = None,
     ) -> Architecture:
         """`depth` layers of one width, each followed by the activation; n_in and n_out change the two ends.
 
@@ -144,7 +144,7 @@ def pre_activation_moments(architecture: Architecture) -> tuple[float, ...]:
         elif signal is not None:
             q = _gain(layer) * signal + layer.sigma_b**2
         else:
-            key = id(layer.activation), layer.sigma_w, layer.sigma_b
+            key = id(layer.activation), float(layer.sigma_w), float(layer.sigma_b)
             q = known[key] = known[key] if key in known else _fixed_point(layer)
         result.append(float(q))
         if signal is not None or layer.q is not None:
@@ -156,7 +156,7 @@ def _gain(layer: Layer) -> float:
     """Mean square out over mean square in of the weights alone."""
     if isinstance(layer.ensemble, SpectralMeasure):
         return layer.ensemble.mean * layer.n_in / layer.n_out
-    return layer.sigma_w**2
+    return float(layer.sigma_w) ** 2
 
 
 def _fixed_point(layer: Layer) -> float:

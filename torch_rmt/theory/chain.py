@@ -126,11 +126,7 @@ class Chain:
                 new = guess - move
                 inside = (new > low) & (new < high) & np.isfinite(new) & (step % 4 != 3)
                 # Close to the top of the law the distance, not w, is what varies.
-                half = (
-                    top + np.exp((np.log(low - top + 1e-14) + np.log(high - top)) / 2)
-                    if above
-                    else (low + high) / 2
-                )
+                half = top + np.exp((np.log(low - top + 1e-14) + np.log(high - top)) / 2) if above else (low + high) / 2
                 new = np.where(inside, new, half)
                 if (np.abs(new - guess) <= 1e-14 * np.maximum(1.0, np.abs(guess))).all():
                     break
@@ -308,9 +304,7 @@ class Chain:
 
         with np.errstate(all="ignore"):
             before = settle(y, v)
-            step = (
-                np.where(before.y.imag < -np.pi / 2, -1j * (np.pi + before.y.imag), -1j * before.y.imag) * 0.3
-            )
+            step = np.where(before.y.imag < -np.pi / 2, -1j * (np.pi + before.y.imag), -1j * before.y.imag) * 0.3
             now = settle(y + step, before.v)
             for _ in range(60):
                 change = (now.y - before.y) * now.rate / (now.rate - before.rate)
@@ -386,20 +380,12 @@ class Chain:
                 old = state
                 new_y, new_v = old.y + cut * dy, old.v + cut * dv
                 # Steps that would leave the half-planes go three quarters of the way to their border.
-                new_y = new_y.real + 1j * np.clip(
-                    new_y.imag, -np.pi + (np.pi + old.y.imag) / 4, old.y.imag / 4
-                )
-                new_v = new_v.real + 1j * np.clip(
-                    new_v.imag, old.v.imag / 4, np.pi - (np.pi - old.v.imag) / 4
-                )
+                new_y = new_y.real + 1j * np.clip(new_y.imag, -np.pi + (np.pi + old.y.imag) / 4, old.y.imag / 4)
+                new_v = new_v.real + 1j * np.clip(new_v.imag, old.v.imag / 4, np.pi - (np.pi - old.v.imag) / 4)
                 state = self.evaluate(new_y, new_v)
                 if (size < 1e-13).all():
                     break
-            good = (
-                (size < 1e-7)
-                & (np.abs(state.y - start_y) < 0.5)
-                & (np.abs(state.t - t) < 1e-7 * (1 + np.abs(t)))
-            )
+            good = (size < 1e-7) & (np.abs(state.y - start_y) < 0.5) & (np.abs(state.t - t) < 1e-7 * (1 + np.abs(t)))
         return state.y, state.v, good
 
     def solve_above(self, log_z: Points) -> tuple[Inner, Points]:

@@ -16,9 +16,7 @@ _RISE = 0.4
 _FARTHEST = 0.6
 
 
-def contour(
-    activation: Activation, q: float, *, order: int
-) -> tuple[Float[np.ndarray, " nodes"], Nodes, Nodes] | None:
+def contour(activation: Activation, q: float, *, order: int) -> tuple[Float[np.ndarray, " nodes"], Nodes, Nodes] | None:
     """(Re h, s, weights) along the path, or None if the derivative is not analytic on complex arrays.
 
     Im s <= 0 along the path, so that E[s / (w - s)] needs no care for Im w >= 0, on the axis included.
@@ -102,18 +100,13 @@ def _along(
             # Cauchy-Riemann: the derivative along the path and across it must be one number.
             step = 1e-6 * min(1.0, deviation)
             along = np.asarray(activation.derivative(h + step)) - np.asarray(activation.derivative(h - step))
-            across = np.asarray(activation.derivative(h + 1j * step)) - np.asarray(
-                activation.derivative(h - 1j * step)
-            )
+            across = np.asarray(activation.derivative(h + 1j * step)) - np.asarray(activation.derivative(h - 1j * step))
     except TypeError:
         return None
     if not np.iscomplexobj(slope) or slope.shape != h.shape or not np.isfinite(slope).all():
         return None
     near = np.abs(x[:, None] - np.array([*activation.kinks, np.inf])).min(axis=1) < 2 * step
-    if (
-        np.abs(across - 1j * along)[~near].max(initial=0.0)
-        > 1e-7 * step * max(1.0, np.abs(slope).max()) / 1e-3
-    ):
+    if np.abs(across - 1j * along)[~near].max(initial=0.0) > 1e-7 * step * max(1.0, np.abs(slope).max()) / 1e-3:
         return None
     weights = mass * turn * np.exp(-(h**2) / (2 * q)) / np.sqrt(2 * np.pi * q)
     s = slope**2
@@ -142,7 +135,5 @@ def _height(
         right = np.full_like(here, np.inf) if index == len(ends) - 2 else b - here
         nearest = np.minimum(left, right)
         t[inside] = sign * np.minimum(height, _RISE * nearest)
-        rate[inside] = np.where(
-            _RISE * nearest < height, sign * _RISE * np.where(left < right, 1.0, -1.0), 0.0
-        )
+        rate[inside] = np.where(_RISE * nearest < height, sign * _RISE * np.where(left < right, 1.0, -1.0), 0.0)
     return t, 1.0 + 1j * rate

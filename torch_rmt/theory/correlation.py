@@ -71,9 +71,7 @@ def hermite_weights(activation: Activation, q: float) -> Float[np.ndarray, " ter
     return terms**2
 
 
-def correlation_fixed_point(
-    activation: Activation, sigma_w: float, sigma_b: float, q: float
-) -> tuple[float, float]:
+def correlation_fixed_point(activation: Activation, sigma_w: float, sigma_b: float, q: float) -> tuple[float, float]:
     """The stable fixed point c* in [0, 1] of c <- (sigma_w^2 E phi(u1) phi(u2) + sigma_b^2) / q, and the slope there.
 
     The map is a power series with coefficients >= 0, hence convex: Newton from the left cannot miss the root. The

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import brentq
 
-from torch_rmt.theory.activation import Activation, as_activation
+from torch_rmt.theory.activation import Activation, Number, as_activation
 from torch_rmt.theory.mean_field import checked_sigma
 from torch_rmt.theory.moments import (
     is_scale_invariant,
@@ -50,9 +50,9 @@ class CriticalPoint:
 def critical_point(
     activation: object,
     *,
-    sigma_b: float | None = None,
-    sigma_w: float | None = None,
-    q_star: float | None = None,
+    sigma_b: Number | None = None,
+    sigma_w: Number | None = None,
+    q_star: Number | None = None,
 ) -> CriticalPoint:
     """Return the critical point with the given sigma_b, sigma_w or q*, or the natural one if none is given.
 
@@ -74,12 +74,8 @@ def critical_point(
     phi = as_activation(activation)
     given = {"sigma_b": sigma_b, "sigma_w": sigma_w, "q_star": q_star}
     if sum(value is not None for value in given.values()) > 1:
-        raise ValueError(
-            "give at most one of sigma_b, sigma_w and q_star: each alone fixes the critical point."
-        )
-    for name, value in given.items():
-        if value is not None:
-            checked_sigma(name, value)
+        raise ValueError("give at most one of sigma_b, sigma_w and q_star: each alone fixes the critical point.")
+    sigma_b, sigma_w, q_star = (None if v is None else checked_sigma(name, v) for name, v in given.items())
     if is_scale_invariant(phi):
         return _scale_invariant(phi, sigma_b, sigma_w, q_star)
     if q_star is not None:
@@ -178,9 +174,7 @@ def _roots(phi: Activation, condition: Callable[[float, float, float], float]) -
             q = float(np.exp(log_q))
             return condition(q, second_moment(phi, q), slope_moment(phi, q))
 
-        roots.append(
-            float(np.exp(brentq(exact, np.log(grid[i]), np.log(grid[i + 1]), xtol=1e-15, rtol=1e-15)))
-        )
+        roots.append(float(np.exp(brentq(exact, np.log(grid[i]), np.log(grid[i + 1]), xtol=1e-15, rtol=1e-15))))
     return roots
 
 
@@ -198,9 +192,7 @@ def _choose(phi: Activation, candidates: list[float], asked: str) -> CriticalPoi
         else ""
     )
     nan = float("nan")
-    return CriticalPoint(
-        nan, nan, nan, nan, nan, "none", f"{phi.name} has no critical point with {asked}.{where}"
-    )
+    return CriticalPoint(nan, nan, nan, nan, nan, "none", f"{phi.name} has no critical point with {asked}.{where}")
 
 
 def _natural(phi: Activation) -> CriticalPoint:

@@ -35,7 +35,7 @@ class EqualLayers:
     """
 
     law: NodeLaw
-    depth: int
+    depth: float | int
     gaussian: bool
 
     def evaluate(self, w: Points) -> tuple[Points, Points, Points]:
@@ -240,9 +240,7 @@ class EqualLayers:
             place = np.interp(straight(t), np.concatenate([[0.0], at]), np.concatenate([[0.0], x]))
             beyond = straight(t) > at[-1]
         else:
-            place = np.interp(
-                straight(t), np.concatenate([[0.0], at, [np.pi]]), np.concatenate([[0.0], x, [1.0]])
-            )
+            place = np.interp(straight(t), np.concatenate([[0.0], at, [np.pi]]), np.concatenate([[0.0], x, [1.0]]))
             beyond = np.zeros(t.shape, dtype=bool)
         first = log_r[0] + (log_r[0] - log_r[1]) / 8
         edge_r = np.concatenate([[first], log_r, [log_r[-1] + (log_r[-1] - log_r[-2]) / 8]])

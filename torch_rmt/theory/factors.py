@@ -161,8 +161,7 @@ class Factors:
     def solver(self) -> Solver:
         """The solver for these factors: without choice of branch for equal layers, by continuation for others."""
         kinds = tuple(
-            Kind(law.scaled(1.0 / law.moment(1)), scale, count)
-            for (_, scale), (law, count) in self.kinds.items()
+            Kind(law.scaled(1.0 / law.moment(1)), scale, count) for (_, scale), (law, count) in self.kinds.items()
         )
         equal = len(kinds) == 1 and self.plain and self.gaussians in (0, kinds[0].count)
         if equal and set(self.terms) <= {(1.0, 1.0)} and self.terms.get((1.0, 1.0), 0.0) == self.gaussians:

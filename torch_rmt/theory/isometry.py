@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import brentq
 
-from torch_rmt.theory.activation import Activation, as_activation
+from torch_rmt.theory.activation import Activation, Number, as_activation
 from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.critical import CriticalPoint, critical_point
 from torch_rmt.theory.gaussian import gaussian_expectation, gaussian_rule
@@ -19,7 +19,7 @@ from torch_rmt.theory.series import moments_from_s
 Universality = Literal["bernoulli", "smooth"]
 
 
-def slope_variance(activation: object, q: float) -> float:
+def slope_variance(activation: object, q: Number) -> float:
     """mu_2 / mu_1^2 - 1 with mu_k = E phi'(sqrt(q) Z)^{2k}: what one layer adds to Var(lambda) / mean^2.
 
     Example:
@@ -32,7 +32,7 @@ def slope_variance(activation: object, q: float) -> float:
     return float(fourth)
 
 
-def critical_q(activation: object, depth: int, variance: float, *, ensemble: str = "orthogonal") -> CriticalPoint:
+def critical_q(activation: object, depth: int, variance: Number, *, ensemble: str = "orthogonal") -> CriticalPoint:
     """The critical point whose Jacobian spectrum has the given variance at the given depth.
 
     At chi = 1 the variance of the eigenvalues of J^T J is depth * (mu_2 / mu_1^2 - 1 - s_1), s_1 = 0 for orthogonal and
@@ -76,7 +76,7 @@ def critical_q(activation: object, depth: int, variance: float, *, ensemble: str
 
 
 def universality_class(activation: object) -> Universality:
-    """"bernoulli" or "smooth": which limit the spectrum has at fixed variance as the depth grows.
+    """ "bernoulli" or "smooth": which limit the spectrum has at fixed variance as the depth grows.
 
     With q*(L) chosen to hold the variance, phi'^2 / mu_1 is one but for rare or small deviations. Where a unit's slope
     is off by a finite amount with a probability that vanishes with q (hard tanh, shifted ReLU) the limit is that of
@@ -140,7 +140,9 @@ class LimitLaw:
             ValueError: the Bernoulli class, which is known here by its edge and its atom.
         """
         if self.kind != "smooth":
-            raise ValueError("only the smooth class has its measure here; the Bernoulli class has atom() and largest().")
+            raise ValueError(
+                "only the smooth class has its measure here; the Bernoulli class has atom() and largest()."
+            )
         return smooth_limit(self.variance)
 
     def atom(self) -> tuple[float, float] | None:
@@ -164,7 +166,7 @@ def smooth_limit(variance: float, log_scale: float = 0.0) -> JacobianLaw:
     return JacobianLaw(Chain((), (), 1.0, drift=variance), log_scale, (), moments)
 
 
-def limit_law(activation: object, variance: float) -> LimitLaw:
+def limit_law(activation: object, variance: Number) -> LimitLaw:
     """The universal limit that the activation's spectra tend to at fixed variance.
 
     Example:
@@ -176,7 +178,7 @@ def limit_law(activation: object, variance: float) -> LimitLaw:
     return LimitLaw(universality_class(activation), float(variance))
 
 
-def shifted_relu(shift: float) -> Activation:
+def shifted_relu(shift: Number) -> Activation:
     """max(h, -shift): linear but for inputs below -shift; of the Bernoulli class.
 
     Example:
@@ -193,7 +195,7 @@ def shifted_relu(shift: float) -> Activation:
     )
 
 
-def smoothed_relu(width: float) -> Activation:
+def smoothed_relu(width: Number) -> Activation:
     """E max(h + width Z, 0): ReLU smoothed by a Gaussian, h Phi(h / w) + w gauss(h / w); of the smooth class when shifted.
 
     Example:

@@ -61,9 +61,7 @@ def law_of(factors: Factors) -> SpectralMeasure:
     return JacobianLaw(factors.solver(), factors.log_scale, factors.log_atoms(), factors.moments())
 
 
-def _scalars(
-    architecture: Architecture, moments: tuple[float, ...], measure: SpectralMeasure
-) -> dict[str, float]:
+def _scalars(architecture: Architecture, moments: tuple[float, ...], measure: SpectralMeasure) -> dict[str, float]:
     scalars: dict[str, float] = {}
     logs = []
     for index, (layer, q) in enumerate(zip(architecture.layers, moments, strict=True)):
@@ -89,9 +87,7 @@ def _assumptions(architecture: Architecture) -> tuple[str, ...]:
         "weights independent of each other and of the signal, at initialisation",
         "wide layers: eigenvalues of one drawn network scatter about the law, more so with depth / width",
     ]
-    smooth = any(
-        layer.activation is not None and layer.activation.slopes() is None for layer in architecture.layers
-    )
+    smooth = any(layer.activation is not None and layer.activation.slopes() is None for layer in architecture.layers)
     if smooth:
         lines.append(
             "q of each layer at its mean-field value: in one drawn network the common fluctuation of q, of order "

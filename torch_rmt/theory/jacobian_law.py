@@ -7,9 +7,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Complex, Float
-from numpy.typing import ArrayLike
+
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
+from torch_rmt.measures.half_plane import Numbers
 from torch_rmt.theory.activation import Array
 
 Points = Complex[np.ndarray, " points"]
@@ -92,7 +93,7 @@ class JacobianLaw(SpectralMeasure):
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(np.where(x > 0, np.log(np.maximum(x, 1e-320)), -np.inf) - self.log_scale)
 
-    def density(self, x: ArrayLike) -> Array:
+    def density(self, x: Numbers) -> Array:
         """Density of the continuous part; zero outside the support."""
         points = np.asarray(x, dtype=np.float64)
         flat = points.ravel()
@@ -102,13 +103,13 @@ class JacobianLaw(SpectralMeasure):
             result = np.where(np.isnan(u), 0.0, -u.imag / (np.pi * flat))
         return np.maximum(result, 0.0).reshape(points.shape)
 
-    def log_density(self, log_x: ArrayLike) -> Array:
+    def log_density(self, log_x: Numbers) -> Array:
         """Density of log lambda at log lambda: what a picture over many decades shows."""
         points = np.asarray(log_x, dtype=np.float64)
         _, u = self.solver.solve(points.ravel() - self.log_scale)
         return np.maximum(np.where(np.isnan(u), 0.0, -u.imag / np.pi), 0.0).reshape(points.shape)
 
-    def cdf(self, x: ArrayLike) -> Array:
+    def cdf(self, x: Numbers) -> Array:
         """Distribution function, atoms included, in closed form."""
         points = np.asarray(x, dtype=np.float64)
         flat = points.ravel()
@@ -148,7 +149,7 @@ class JacobianLaw(SpectralMeasure):
         masses.append(1.0 - before - top)
         return tuple(masses)
 
-    def quantile(self, p: ArrayLike) -> Array:
+    def quantile(self, p: Numbers) -> Array:
         """Smallest x with F(x) >= p, by Newton on the closed form of F in log x."""
         levels = np.asarray(p, dtype=np.float64)
         if not np.all((levels >= 0) & (levels <= 1)):
@@ -157,7 +158,7 @@ class JacobianLaw(SpectralMeasure):
         with np.errstate(over="ignore"):
             return np.asarray(np.exp(t + self.log_scale))
 
-    def log_quantile(self, p: ArrayLike) -> Array:
+    def log_quantile(self, p: Numbers) -> Array:
         """Log of the quantile; -inf where the quantile is zero."""
         levels = np.asarray(p, dtype=np.float64)
         flat = levels.ravel()
@@ -201,7 +202,7 @@ class JacobianLaw(SpectralMeasure):
             self._quantile_table = (knots, np.maximum.accumulate(self._cdf_log(knots)))
         return self._quantile_table
 
-    def stieltjes(self, z: ArrayLike) -> Values:
+    def stieltjes(self, z: Numbers) -> Values:
         """Stieltjes transform; at a real z the boundary value from above."""
         points = np.asarray(z, dtype=np.complex128)
         flat = points.ravel()

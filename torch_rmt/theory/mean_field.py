@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
-from torch_rmt.theory.activation import Activation, as_activation
+from torch_rmt.theory.activation import Activation, Number, as_activation
 from torch_rmt.theory.correlation import correlation_fixed_point
 from torch_rmt.theory.moments import (
     is_scale_invariant,
@@ -62,7 +62,7 @@ class MeanField:
     fixed_points: tuple[FixedPoint, ...]
 
 
-def mean_field(activation: object, sigma_w: float, sigma_b: float = 0.0) -> MeanField:
+def mean_field(activation: object, sigma_w: Number, sigma_b: Number = 0.0) -> MeanField:
     """Fixed points, slopes, depth scales and phase of an infinitely wide network.
 
     q <- sigma_w^2 E phi(sqrt(q) Z)^2 + sigma_b^2;  c <- (sigma_w^2 E phi(u1) phi(u2) + sigma_b^2) / q*;
@@ -100,7 +100,7 @@ def mean_field(activation: object, sigma_w: float, sigma_b: float = 0.0) -> Mean
     return MeanField(q, c_star, chi, slope_q, slope_c, depth_scale(slope_q), depth_scale(slope_c), phase, points)
 
 
-def checked_sigma(name: str, sigma: float) -> float:
+def checked_sigma(name: str, sigma: Number) -> float:
     """Return sigma as a float, or say what is wrong with it."""
     if not (np.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"{name} is a standard deviation: it must be finite and >= 0, got {sigma}.")
@@ -115,7 +115,7 @@ def depth_scale(slope: float) -> float:
     return float("inf") if abs(slope - 1) < 1e-12 else float(-1.0 / np.log(slope))
 
 
-def length_fixed_point(activation: Activation, sigma_w: float, sigma_b: float) -> float:
+def length_fixed_point(activation: Activation, sigma_w: Number, sigma_b: Number) -> float:
     """The q* that unit inputs flow to; inf where they diverge."""
     return _reached(activation, sigma_w, sigma_b, length_fixed_points(activation, sigma_w, sigma_b))
 
@@ -149,9 +149,7 @@ def length_fixed_points(activation: Activation, sigma_w: float, sigma_b: float) 
     # Below 1e-9 nothing but the tangent at zero is seen: a gap at rounding there is no root.
     for i in np.flatnonzero((gap[:-1] > 0) != (gap[1:] > 0)):
         if max(abs(gap[i]), abs(gap[i + 1])) > 1e-13:
-            roots.append(
-                (float(np.exp(brentq(exact_gap, logs[i], logs[i + 1], xtol=1e-15, rtol=1e-15))), False)
-            )
+            roots.append((float(np.exp(brentq(exact_gap, logs[i], logs[i + 1], xtol=1e-15, rtol=1e-15))), False))
     size = np.abs(gap)
     for i in np.flatnonzero((size[1:-1] < size[:-2]) & (size[1:-1] <= size[2:]) & (size[1:-1] < 0.05)) + 1:
         if (gap[i - 1] > 0) == (gap[i + 1] > 0) == (gap[i] > 0):

@@ -39,9 +39,7 @@ def length_slope(activation: Activation, q: float) -> float:
         return slope_moment(activation, 0.0)
     q = max(q, TINY_Q)
     if offset == 0.0 or q > 1e-3:
-        inner = gaussian_expectation(
-            lambda h: h * activation.value(h) * activation.derivative(h), q, activation.kinks
-        )
+        inner = gaussian_expectation(lambda h: h * activation.value(h) * activation.derivative(h), q, activation.kinks)
         return inner / q
     # phi(0) != 0: the constant contributes E[h phi'] phi(0) = phi(0) Cov, which loses digits at small q when divided.
     rest = gaussian_expectation(

@@ -81,9 +81,7 @@ def _relu_squared_derivative(h: Points) -> Points:
 
 
 _TABLE = (
-    Activation(
-        "linear", lambda h: np.asarray(h, dtype=np.float64), lambda h: np.ones_like(h, dtype=np.float64)
-    ),
+    Activation("linear", lambda h: np.asarray(h, dtype=np.float64), lambda h: np.ones_like(h, dtype=np.float64)),
     Activation("relu", lambda h: np.maximum(h, 0.0), lambda h: np.where(h > 0, 1.0, 0.0), (0.0,)),
     Activation("leaky_relu", leaky_relu(0.01).value, leaky_relu(0.01).derivative, (0.0,)),
     Activation("tanh", np.tanh, _sech2),
@@ -111,9 +109,7 @@ _TABLE = (
     Activation("softplus", lambda h: np.logaddexp(0, h), _sigmoid),
     Activation("softsign", lambda h: h / (1 + np.abs(h)), _softsign_derivative, (0.0,)),
     Activation("sin", np.sin, np.cos),
-    Activation(
-        "relu6", lambda h: np.clip(h, 0.0, 6.0), lambda h: np.where((h > 0) & (h < 6), 1.0, 0.0), (0.0, 6.0)
-    ),
+    Activation("relu6", lambda h: np.clip(h, 0.0, 6.0), lambda h: np.where((h > 0) & (h < 6), 1.0, 0.0), (0.0, 6.0)),
     Activation(
         "hard_sigmoid",
         lambda h: np.clip(h / 6 + 0.5, 0.0, 1.0),

@@ -37,9 +37,7 @@ def from_callable(function: Callable[..., object], name: str | None = None) -> A
             "torch_rmt.describe, or give an Activation(name, value, derivative, kinks)."
         ) from error
     if result.shape != points.shape:
-        raise TypeError(
-            f"activation {label!r} does not act elementwise: shape {points.shape} became {result.shape}."
-        )
+        raise TypeError(f"activation {label!r} does not act elementwise: shape {points.shape} became {result.shape}.")
     if not np.isfinite(value(np.linspace(-_SPAN, _SPAN, 1025))).all():
         raise ValueError(f"activation {label!r} is not finite on [-{_SPAN:g}, {_SPAN:g}].")
     kinks = find_kinks(value)
@@ -97,9 +95,7 @@ def _jumps_of_slope(value: ArrayFunction, halvings: int, least: float, known: li
         if low.size == 0:
             return []
     if low.size > 2000:
-        raise ValueError(
-            "the activation has kinks everywhere: give an Activation(name, value, derivative, kinks)."
-        )
+        raise ValueError("the activation has kinks everywhere: give an Activation(name, value, derivative, kinks).")
     kinks: list[float] = []
     # Neighbours see part of a kink; the cell that holds it sees all of it.
     order = np.argsort(-np.abs(change), kind="stable")
@@ -119,9 +115,7 @@ def _jumps_of_slope(value: ArrayFunction, halvings: int, least: float, known: li
     return kinks
 
 
-def _slope_change(
-    value: ArrayFunction, low: Float[np.ndarray, " cells"], width: float
-) -> Float[np.ndarray, " cells"]:
+def _slope_change(value: ArrayFunction, low: Float[np.ndarray, " cells"], width: float) -> Float[np.ndarray, " cells"]:
     right = value(low + 2 * width) - value(low + width)
     left = value(low) - value(low - width)
     return np.asarray((right - left) / width)
@@ -129,9 +123,7 @@ def _slope_change(
 
 def _meet(value: ArrayFunction, low: float, high: float, slope_change: float) -> float:
     """Where the quintic through six points left of `low` meets that through six points right of `high`."""
-    spacing = (
-        2e-3  # found by tuning: smaller loses digits to rounding, larger to the curvature of either side
-    )
+    spacing = 2e-3  # found by tuning: smaller loses digits to rounding, larger to the curvature of either side
     steps = spacing * np.arange(6)
     left = np.polyfit(-steps / spacing, value(low - steps), 5)
     right = np.polyfit(steps / spacing, value(high + steps), 5)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 
+
+from torch_rmt.measures.half_plane import Numbers
 from torch_rmt.theory.activation import as_activation
 from torch_rmt.theory.critical import CriticalPoint, critical_point
 from torch_rmt.theory.mean_field import checked_sigma, depth_scale, length_fixed_point
@@ -38,14 +39,12 @@ class PhaseDiagram:
     natural: CriticalPoint
 
     def phase(self) -> np.ndarray:
-        """"ordered", "critical" or "chaotic" at each grid point; critical within 1e-6 of chi = 1."""
+        """ "ordered", "critical" or "chaotic" at each grid point; critical within 1e-6 of chi = 1."""
         names = np.where(self.chi < 1, "ordered", "chaotic")
         return np.where(np.abs(self.chi - 1) < 1e-6, "critical", names)
 
 
-def phase_diagram(
-    activation: object, sigma_w: ArrayLike | None = None, sigma_b: ArrayLike | None = None
-) -> PhaseDiagram:
+def phase_diagram(activation: object, sigma_w: Numbers | None = None, sigma_b: Numbers | None = None) -> PhaseDiagram:
     """chi(sigma_w, sigma_b) = sigma_w^2 E phi'(sqrt(q*) Z)^2 with q* of each point, and the critical line.
 
     Args:
@@ -86,7 +85,7 @@ def phase_diagram(
     )
 
 
-def _axis(name: str, values: ArrayLike) -> Float[np.ndarray, " points"]:
+def _axis(name: str, values: Numbers) -> Float[np.ndarray, " points"]:
     axis = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if axis.ndim != 1 or axis.size == 0:
         raise ValueError(f"{name} is one axis of the grid: give one value or a list of them.")

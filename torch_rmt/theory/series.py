@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 Series = Float[np.ndarray, " orders"]
+Other = Float[np.ndarray, " others"]  # a series of another length
 
 
 def multiply(a: Series, b: Series) -> Series:
@@ -15,7 +16,7 @@ def multiply(a: Series, b: Series) -> Series:
     return np.convolve(a, b)[: len(a)]
 
 
-def power(a: Series, exponent: float) -> Series:
+def power(a: Series, exponent: float | int) -> Series:
     """A series with a_0 > 0 to a real power (J. C. P. Miller's recurrence)."""
     result = np.zeros_like(a)
     result[0] = a[0] ** exponent
@@ -35,7 +36,7 @@ def revert(a: Series) -> Series:
     return result
 
 
-def s_series(moments: Sequence[float] | Series) -> Series:
+def s_series(moments: Sequence[float] | Series) -> Other:
     """S(u) as a series from moments m_0 = 1, m_1 > 0, ..., m_n; n coefficients."""
     shifted = np.array(moments, dtype=np.float64)
     shifted[0] = 0.0
@@ -45,7 +46,7 @@ def s_series(moments: Sequence[float] | Series) -> Series:
     return over_u + np.append(0.0, over_u[:-1])
 
 
-def moments_from_s(s: Series) -> Series:
+def moments_from_s(s: Series) -> Other:
     """Moments m_0 = 1, m_1, ..., m_n from n coefficients of S."""
     # inverse(u) = u / (1 + u) * S(u).
     geometric = (-1.0) ** np.arange(len(s))

@@ -133,9 +133,7 @@ def slope_law(activation: Activation | None, q: float, *, order: int = 14) -> No
         masses: Inexact[np.ndarray, " nodes"] = weights
     else:
         h, nodes, masses = path
-        if np.allclose(nodes, nodes[::-1], rtol=1e-12, atol=0) and np.allclose(
-            masses, masses[::-1], rtol=1e-9, atol=0
-        ):
+        if np.allclose(nodes, nodes[::-1], rtol=1e-12, atol=0) and np.allclose(masses, masses[::-1], rtol=1e-9, atol=0):
             # An even s: the path is point symmetric, and half of it will do.
             half = len(nodes) // 2
             h, nodes, masses = h[:half], nodes[:half], 2 * masses[:half]

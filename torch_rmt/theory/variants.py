@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from torch_rmt.theory.activation import as_activation
+from torch_rmt.theory.activation import Number, as_activation
 from torch_rmt.theory.architecture import Ensemble, Layer
 from torch_rmt.theory.correlation import pair_expectation
 from torch_rmt.theory.critical import CriticalPoint, critical_point
@@ -30,7 +30,7 @@ class DropoutField:
     depth_scale_c: float
 
 
-def dropout_field(activation: object, sigma_w: float, sigma_b: float, keep: float) -> DropoutField:
+def dropout_field(activation: object, sigma_w: Number, sigma_b: Number, keep: Number) -> DropoutField:
     """q <- (sigma_w^2 / keep) E phi^2 + sigma_b^2, chi = (sigma_w^2 / keep) E phi'^2; c loses the factor 1 / keep.
 
     Two passes of one input see different masks, so c = 1 is no fixed point: depth is bounded by the noise itself.
@@ -66,7 +66,7 @@ def dropout_field(activation: object, sigma_w: float, sigma_b: float, keep: floa
     return DropoutField(q, chi, c, depth_scale(slope))
 
 
-def dropout_critical_point(activation: object, keep: float, *, sigma_b: float | None = None) -> CriticalPoint:
+def dropout_critical_point(activation: object, keep: Number, *, sigma_b: Number | None = None) -> CriticalPoint:
     """The critical point with dropout: sigma_w is sqrt(keep) times that without, q* is the same.
 
     The mask enters V and E phi'^2 by the same factor 1 / keep; so only sigma_w moves.
@@ -88,10 +88,10 @@ def residual_spectrum(
     *,
     depth: int,
     width: int,
-    sigma_w: float,
-    sigma_b: float = 0.0,
-    scale: float = 1.0,
-    input_second_moment: float = 1.0,
+    sigma_w: Number,
+    sigma_b: Number = 0.0,
+    scale: Number = 1.0,
+    input_second_moment: Number = 1.0,
 ) -> Prediction:
     """Predict the law of J^T J of x <- x + scale * (W phi(x) + b), Gaussian W, many layers with a small branch each.
 
@@ -143,7 +143,7 @@ def residual_spectrum(
 
 
 def normalised_chi(
-    activation: object, normalisation: Normalisation, *, sigma_w: float = 1.0, sigma_b: float = 0.0
+    activation: object, normalisation: Normalisation, *, sigma_w: Number = 1.0, sigma_b: Number = 0.0
 ) -> float:
     """chi of one layer h = norm(W phi + b), the normalisation in front of the activation, in a wide network.
 
@@ -180,10 +180,10 @@ def convolution_layer(
     positions: int,
     activation: object | None,
     *,
-    sigma_w: float,
-    sigma_b: float = 0.0,
+    sigma_w: Number,
+    sigma_b: Number = 0.0,
     ensemble: Ensemble = "gaussian",
-    q: float | None = None,
+    q: Number | None = None,
     name: str = "",
 ) -> Layer:
     """The `Layer` that a circular convolution of stride one is, as far as its spectrum goes.
