@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+
 from torch_rmt.theory import (
     Prediction,
     SphericalSpinGlass,

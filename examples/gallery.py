@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+
 from torch_rmt.measures import SpectralMeasure
 from torch_rmt.theory import (
     SphericalSpinGlass,
@@ -118,7 +119,9 @@ def spin_glass(n: int) -> torch.Tensor:
 
 FIGURES: dict[str, Figure] = {
     "gram": Figure(
-        "Gram matrix, tanh", lambda n: gram_spectrum("tanh", n_in=n, n_out=n, n_samples=2 * n, sigma_w=1.5).measure, gram
+        "Gram matrix, tanh",
+        lambda n: gram_spectrum("tanh", n_in=n, n_out=n, n_samples=2 * n, sigma_w=1.5).measure,
+        gram,
     ),
     "gram_bias": Figure(
         "Gram matrix with biases",
@@ -135,7 +138,9 @@ FIGURES: dict[str, Figure] = {
         lambda n: neural_tangent_spectrum("tanh", widths=(2 * n,) * 3, n_samples=n, sigma_w=1.5).measure,
         tangent,
     ),
-    "hessian": Figure("Hessian, one hidden ReLU layer", lambda n: hessian_spectrum(phi=0.5, energy=0.4).measure, hessian),
+    "hessian": Figure(
+        "Hessian, one hidden ReLU layer", lambda n: hessian_spectrum(phi=0.5, energy=0.4).measure, hessian
+    ),
     "fisher": Figure("Fisher matrix, one hidden tanh layer", lambda n: fisher_spectrum("tanh").measure, fisher),
     "deep_fisher": Figure(
         "Fisher matrix of one sample, three ReLU layers",
@@ -150,7 +155,9 @@ def density_figure(figure: Figure, n: int, path: Path) -> None:
     law, values = figure.law(n), figure.draw(n).numpy()
     place = [at for at, _ in law.atoms()]
     scale = np.ptp(values)
-    loose = np.all([np.abs(values - at) > 1e-3 * scale for at in place], axis=0) if place else np.full(values.shape, True)
+    loose = (
+        np.all([np.abs(values - at) > 1e-3 * scale for at in place], axis=0) if place else np.full(values.shape, True)
+    )
     fig, ax = plt.subplots(figsize=(6, 3.5))
     ax.hist(values[loose], bins=40, weights=np.full(loose.sum(), 1.0 / len(values)) / 1.0, color="0.8", label="drawn")
     width = np.diff(np.histogram_bin_edges(values[loose], bins=40))[0]

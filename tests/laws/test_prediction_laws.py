@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+
 from tests.cases import PREDICTIONS
 from torch_rmt.measures import SpectralMeasure
 from torch_rmt.theory import Prediction
@@ -76,7 +78,7 @@ def test_distribution_function_is_the_integral_of_the_density(law: SpectralMeasu
     ends = low + (high - low) * np.linspace(0.031, 0.969, 41)
     nodes, weights = np.polynomial.legendre.leggauss(12)
     breaks = [b for band in law.support() for b in band] + [place for place, _ in law.atoms()]
-    for a, b in zip(ends, ends[1:], strict=False):
+    for a, b in itertools.pairwise(ends):
         if any(a <= place <= b for place in breaks):
             continue
         x = 0.5 * (a + b) + 0.5 * (b - a) * nodes
@@ -95,7 +97,9 @@ def test_distribution_function_rises_from_zero_to_one_and_quantiles_undo_it(law:
     atoms = law.atoms()
     p = np.linspace(0.013, 0.987, 57)
     q = law.quantile(p)
-    continuous = np.all([np.abs(q - place) > 1e-9 * width for place, _ in atoms], axis=0) if atoms else np.full(57, True)
+    continuous = (
+        np.all([np.abs(q - place) > 1e-9 * width for place, _ in atoms], axis=0) if atoms else np.full(57, True)
+    )
     np.testing.assert_allclose(law.cdf(q[continuous]), p[continuous], atol=1e-9)
     for place, part in atoms:
         jump = float(law.cdf(np.asarray(place)) - law.cdf(np.asarray(place - 1e-7 * width)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def kernels(
     phi = TORCH_ACTIVATIONS[activation]
     x = [normal(generator, widths[0], samples)]
     weights, slopes = [], []
-    for n_in, n_out in zip(widths, widths[1:], strict=False):
+    for n_in, n_out in itertools.pairwise(widths):
         w = sigma_w * normal(generator, n_out, n_in) / n_in**0.5
         h = (w @ x[-1]).requires_grad_(True)
         y = phi(h)
@@ -116,9 +117,7 @@ class KernelCase:
         return conjugate_kernel_spectrum(self.activation, **settings)[-1]
 
     def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
-        conjugate, tangent = kernels(
-            self.activation, self.widths(n), round(n * self.samples), self.sigma_w, generator
-        )
+        conjugate, tangent = kernels(self.activation, self.widths(n), round(n * self.samples), self.sigma_w, generator)
         return tangent if self.tangent else conjugate[-1]
 
 
@@ -213,14 +212,14 @@ PREDICTIONS: dict[str, PredictionRow] = {
     "gram gelu two bands": PredictionRow(GramCase("gelu", (0.25, 1.0, 4.0)), sizes=(120, 240, 480), constant=8.0),
     "gram linear": PredictionRow(GramCase("linear", (1.0, 1.5, 2.0)), constant=2.5),
     "gram even": PredictionRow(GramCase("abs", (1.0, 1.0, 1.5)), constant=5.0),
-    "gram tanh with bias": PredictionRow(
-        GramCase("tanh", (1.5, 1.0, 2.0), sigma_w=1.5, sigma_b=1.0), constant=2.5
-    ),
+    "gram tanh with bias": PredictionRow(GramCase("tanh", (1.5, 1.0, 2.0), sigma_w=1.5, sigma_b=1.0), constant=2.5),
     "gram relu with bias": PredictionRow(GramCase("relu", (1.0, 1.5, 1.0), sigma_b=0.7), constant=2.7),
     "conjugate kernel, 1 layer": PredictionRow(KernelCase("tanh", (2.0, 1.5), 1.0, 1.5), constant=2.6),
     "conjugate kernel, 3 layers": PredictionRow(KernelCase("tanh", (2.0, 3.0, 1.5, 2.5), 1.0, 1.5), constant=2.6),
     "conjugate kernel, deficient": PredictionRow(KernelCase("tanh", (1.0, 2.0, 0.5), 1.0, 1.2), constant=3.5),
-    "tangent kernel": PredictionRow(KernelCase("tanh", (2.0, 2.5, 3.0), 1.0, 1.3, tangent=True), constant=3.8, same_law=False),
+    "tangent kernel": PredictionRow(
+        KernelCase("tanh", (2.0, 2.5, 3.0), 1.0, 1.3, tangent=True), constant=3.8, same_law=False
+    ),
     "hessian relu": PredictionRow(HessianCase(0.5, 0.4, "relu"), constant=1.2),
     "hessian relu, few data": PredictionRow(HessianCase(2.5, 0.2, "relu"), constant=1.9),
     "hessian wigner": PredictionRow(HessianCase(0.5, 0.4, "wigner"), constant=1.7),

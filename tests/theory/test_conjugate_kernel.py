@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from torch_rmt.measures import Discrete, FussCatalan, MarchenkoPastur, free_mul
 from torch_rmt.theory import (
     KernelLayer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from tests.theory.drawn_matrices import HessianCase, normal
 from torch_rmt.measures import MarchenkoPastur, PointMass, Semicircle
 from torch_rmt.theory import (
@@ -64,9 +65,7 @@ def test_largest_eigenvalues_of_drawn_hessians(seed: int) -> None:
     scaled = []
     for n in (20, 40, 80):
         law = largest_eigenvalue_law(case.predict(n).measure, 2 * n)
-        tops = np.array(
-            [case.draw(n, torch.Generator().manual_seed(997 * seed + k))[-1] for k in range(80)]
-        )
+        tops = np.array([case.draw(n, torch.Generator().manual_seed(997 * seed + k))[-1] for k in range(80)])
         scaled.append((tops - law.edge) / law.scale)
     mean = np.array([values.mean() for values in scaled])
     # mean and spread are Tracy-Widom's, up to n^(-2/3)-like terms and the noise of 80 draws

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import digamma, polygamma
+
 from torch_rmt.theory import gradient_norm_law, leaky_relu
 from torch_rmt.theory.finite_width import layer_log_cumulants
 from torch_rmt.theory.gaussian import gaussian_expectation
@@ -19,14 +22,21 @@ SLOPES = {
 
 
 def log_norms(
-    widths: list[int], name: str, sigma_w: float, sigma_b: float, second: float, draws: int, seed: int, sign: bool = False
+    widths: list[int],
+    name: str,
+    sigma_w: float,
+    sigma_b: float,
+    second: float,
+    draws: int,
+    seed: int,
+    sign: bool = False,
 ) -> np.ndarray:
     """log ||J u||^2 for independent networks, each with its own input and direction."""
     phi, slope = SLOPES[name]
     g = torch.Generator().manual_seed(seed)
     x, u = (torch.randn(draws, widths[0], generator=g) for _ in range(2))
     x, u = x / x.norm(dim=1, keepdim=True) * (widths[0] * second) ** 0.5, u / u.norm(dim=1, keepdim=True)
-    for n_in, n_out in zip(widths, widths[1:], strict=False):
+    for n_in, n_out in itertools.pairwise(widths):
         weight = torch.randn(draws, n_out, n_in, generator=g)
         weight = sigma_w / n_in**0.5 * (weight.sign() if sign else weight)
         h = torch.einsum("rba,ra->rb", weight, x) + sigma_b * torch.randn(draws, n_out, generator=g)
@@ -44,7 +54,12 @@ def assert_moments(values: np.ndarray, mean: float, variance: float, slack: floa
 
 @pytest.mark.parametrize(
     ("name", "widths", "sigma_w"),
-    [("relu", [30] * 9, 2**0.5), ("relu", [12, 40, 20, 25], 2**0.5), ("linear", [8] * 5, 1.0), ("leaky", [15] * 6, 1.2)],
+    [
+        ("relu", [30] * 9, 2**0.5),
+        ("relu", [12, 40, 20, 25], 2**0.5),
+        ("linear", [8] * 5, 1.0),
+        ("leaky", [15] * 6, 1.2),
+    ],
 )
 def test_homogeneous_moments_are_exact_at_small_widths(name: str, widths: list[int], sigma_w: float) -> None:
     law = gradient_norm_law(widths, leaky_relu(0.3) if name == "leaky" else name, sigma_w=sigma_w)
@@ -119,7 +134,9 @@ def test_bands_raise_false_alarms_at_the_stated_rate(widths: list[int], false_al
     low, high = gradient_norm_law(widths, "relu").band(false_alarms)
     values = np.concatenate([log_norms(widths, "relu", 2**0.5, 0.0, 1.0, 4000, seed) for seed in (3, 4)])
     rate = np.mean((values < np.log(low)) | (values > np.log(high)))
-    assert abs(rate - false_alarms) < 4.0 * (false_alarms * (1 - false_alarms) / len(values)) ** 0.5 + 0.05 * false_alarms
+    assert (
+        abs(rate - false_alarms) < 4.0 * (false_alarms * (1 - false_alarms) / len(values)) ** 0.5 + 0.05 * false_alarms
+    )
 
 
 def test_the_risk_in_words() -> None:

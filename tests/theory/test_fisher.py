@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+
 from tests.theory.drawn_matrices import TORCH_ACTIVATIONS, normal
 from torch_rmt.measures import FussCatalan
 from torch_rmt.theory import (
@@ -91,7 +94,8 @@ def deep_theta(
 
 @pytest.mark.parametrize("ensemble", ["gaussian", "orthogonal"])
 def test_deep_fisher_of_drawn_networks_converges(ensemble: str) -> None:
-    """The drawn lengths and slopes go into the law: their own fluctuation, 1/sqrt(n), is no business of the recursion."""
+    """The drawn lengths and slopes go into the law: their own fluctuation, 1/sqrt(n), is no business of the
+    recursion."""
     distances = []
     for n in (32, 64, 128):
         found = []
@@ -139,13 +143,11 @@ def test_statistics_of_drawn_networks(activation: str, sigma_b: float) -> None:
     errors = []
     for width in (30, 60, 120):
         widths, samples = (width, width, width, 2), 8
-        stated = deep_fisher_statistics(
-            activation, widths=widths, n_samples=samples, sigma_w=1.4, sigma_b=sigma_b
-        )
+        stated = deep_fisher_statistics(activation, widths=widths, n_samples=samples, sigma_w=1.4, sigma_b=sigma_b)
         traces, squares, tops = [], [], []
         for seed in range(12):
             generator = torch.Generator().manual_seed(seed)
-            parameters, shapes = [], list(zip(widths, widths[1:], strict=False))
+            parameters, shapes = [], list(itertools.pairwise(widths))
             for n_in, n_out in shapes:
                 parameters.append((1.4 * normal(generator, n_out, n_in) / n_in**0.5).requires_grad_(True))
                 if sigma_b:

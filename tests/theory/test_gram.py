@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from tests.theory.drawn_matrices import GramCase
 from torch_rmt.measures import FussCatalan, MarchenkoPastur, dilate, free_mul
 from torch_rmt.theory import gram_law, gram_spectrum, nonlinear_moments
@@ -20,7 +21,9 @@ def test_the_law_solves_the_quartic_of_pennington_and_worah(eta: float, zeta: fl
     big = (z * law.stieltjes(z) - 1.0) / psi + 1.0  # P of the paper, from G = psi P/z + (1 - psi)/z
     t = 1.0 / (z * psi)
     a, b = 1.0 + (big - 1.0) * phi, 1.0 + (big - 1.0) * psi
-    np.testing.assert_allclose(big, 1.0 + (eta - zeta) * t * a * b + a * b * t * zeta / (1.0 - a * b * t * zeta), rtol=1e-9)
+    np.testing.assert_allclose(
+        big, 1.0 + (eta - zeta) * t * a * b + a * b * t * zeta / (1.0 - a * b * t * zeta), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize(("eta", "zeta", "psi", "phi"), GRID)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from torch_rmt.measures import MarchenkoPastur, Semicircle, free_add
 from torch_rmt.theory import (
     FreeLevy,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+
 from tests.theory.drawn_matrices import normal
 from torch_rmt.theory import SphericalSpinGlass
 
@@ -32,11 +35,13 @@ def test_complexity_by_its_integral(p: int) -> None:
 
 @pytest.mark.parametrize("p", [3, 5])
 def test_expected_count_of_critical_points_at_finite_size(p: int) -> None:
-    """log(expected number)/N by the GOE one-point density of N eigenvalues (Hermite functions), exact; tends to theta."""
+    """log(expected number)/N by the GOE one-point density of N eigenvalues (Hermite functions), exact; tends to
+    theta."""
     glass = SphericalSpinGlass(p)
     errors = []
     for n in (16, 32, 64):
-        # ABC Theorem 2.1 and Lemma 3.3: E Crt_N(u) = 2N sqrt(2/p) (p-1)^(N/2) E[e^(-N (p-2)/(2p) l^2) in the GOE_N law of one
+        # ABC Theorem 2.1 and Lemma 3.3: E Crt_N(u) = 2N sqrt(2/p) (p-1)^(N/2) E[e^(-N (p-2)/(2p) l^2) in the GOE_N
+        # law of one
         # eigenvalue, l below u sqrt(p/(2 (p-1)))]; semicircle on [-sqrt 2, sqrt 2]
         total = 0.5 * n * np.log(p - 1.0) + np.log(2.0 * n * (2.0 / p) ** 0.5)
         x = np.linspace(-6.0 * n**0.5, 6.0 * n**0.5, 20001)
@@ -95,7 +100,7 @@ def test_bands_and_verdicts() -> None:
     glass = SphericalSpinGlass(3)
     bands = glass.bands(4)
     assert [k for _, _, k in bands] == [0, 1, 2, 3]
-    assert all(a[1] == b[0] for a, b in zip(bands, bands[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(bands))
     assert bands[-1][1] < -glass.threshold_energy
     assert "below the ground" in glass.verdict(-1.7)
     assert "index at most 0" in glass.verdict(-1.655)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from functools import cached_property
 
@@ -22,8 +23,9 @@ class NewtonLaw(SpectralMeasure):
     """A law whose Stieltjes transform follows from K unknowns y with F(y) = 0, F_K(y) = Z(y) - z.
 
     The physical solution is the one that continues that at z -> i infinity through the upper half-plane; so Newton's
-    method is led down on vertical lines, and every step is checked against what the unknowns, being Stieltjes transforms
-    or subordination functions, must satisfy there. On the bands of the support the starts come from a table made once.
+    method is led down on vertical lines, and every step is checked against what the unknowns, being Stieltjes
+    transforms or subordination functions, must satisfy there. On the bands of the support the starts come from a
+    table made once.
     """
 
     @abstractmethod
@@ -115,9 +117,7 @@ class NewtonLaw(SpectralMeasure):
         bands = self.support()
         x = np.concatenate([0.5 * (a + b) - 0.5 * (b - a) * np.cos(angle) for a, b in bands] or [np.zeros(0)])
         y = self._descend(x.astype(complex)) if x.size else np.zeros((0, 0), dtype=complex)
-        return tuple(
-            (band, angle, y[:, k * _TABLE : (k + 1) * _TABLE]) for k, band in enumerate(bands)
-        )
+        return tuple((band, angle, y[:, k * _TABLE : (k + 1) * _TABLE]) for k, band in enumerate(bands))
 
     def _unknowns(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
         """Physical solution at points of the closed upper half-plane."""
@@ -131,7 +131,9 @@ class NewtonLaw(SpectralMeasure):
                     continue
                 x = z[here].real
                 at = np.arccos(np.clip((low + high - 2.0 * x) / (high - low), -1.0, 1.0))
-                start = np.stack([np.interp(at, angles, row.real) + 1j * np.interp(at, angles, row.imag) for row in table])
+                start = np.stack(
+                    [np.interp(at, angles, row.real) + 1j * np.interp(at, angles, row.imag) for row in table]
+                )
                 found, good = self._newton(start, z[here])
                 parts.append((here[good], found[:, good]))
                 pending[here[good]] = False
@@ -189,7 +191,7 @@ class NewtonLaw(SpectralMeasure):
         bands = self.support()
         if len(bands) == 1:
             return (1.0 - sum(mass for _, mass in self.atoms()),)
-        middles = np.array([0.5 * (a[1] + b[0]) for a, b in zip(bands, bands[1:], strict=False)])
+        middles = np.array([0.5 * (a[1] + b[0]) for a, b in itertools.pairwise(bands)])
         atoms = np.array([[m * (location <= x) for location, m in self.atoms()] for x in middles]).sum(axis=1)
         levels = 1.0 - self.log_potential(middles).imag / np.pi - atoms
         total = 1.0 - sum(mass for _, mass in self.atoms())

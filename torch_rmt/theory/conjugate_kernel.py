@@ -36,7 +36,8 @@ def conjugate_kernel_spectrum(
         n_samples: columns of X.
         sigma_w: scale of the weights.
         sigma_x: standard deviation of the inputs' entries.
-        input_law: law of K_0 = X^T X / n_0 for inputs that are nearly orthogonal and of mean square sigma_x^2; None: for
+        input_law: law of K_0 = X^T X / n_0 for inputs that are nearly orthogonal and of mean square sigma_x^2; None:
+        for
             independent entries, Marchenko-Pastur.
 
     Returns:
@@ -95,8 +96,8 @@ def neural_tangent_spectrum(
 
     f(x) = w . x_L on top of x_l = phi(W_l x_{l-1}), all weights trained and of variance sigma_w^2 / fan-in, no factors
     taken out (the standard parametrisation, as PyTorch differentiates it). In the limit
-    NTK = n_L K_L + sum over l of n_{l-1} [s_l K_{l-1} + (r_l - s_l) eta_{l-1} I], r_l and s_l the products over k >= l of
-    sigma_w^2 E phi'^2 and sigma_w^2 (E phi')^2 at layer k.
+    NTK = n_L K_L + sum over l of n_{l-1} [s_l K_{l-1} + (r_l - s_l) eta_{l-1} I], r_l and s_l the products over k >=
+    l of sigma_w^2 E phi'^2 and sigma_w^2 (E phi')^2 at layer k.
 
     Arguments, errors: as `conjugate_kernel_spectrum`; widths (n_0, ..., n_L) leave out the output.
 
@@ -152,7 +153,7 @@ def _sizes(widths: Sequence[int], n_samples: int) -> tuple[int, ...]:
     sizes = tuple(int(n) for n in widths)
     if len(sizes) < 2 or min(sizes) < 1 or n_samples < 1:
         raise ValueError(
-            f"widths are (n_0, ..., n_L), at least two, each at least 1, and n_samples at least 1; got {tuple(widths)}, {n_samples}"
+            f"widths are (n_0, ..., n_L), at least two, each and n_samples at least 1; got {tuple(widths)}, {n_samples}"
         )
     return sizes
 
@@ -188,9 +189,7 @@ def _layers(
     second = sigma_x**2
     for n, (_, moments) in zip(sizes[1:], levels, strict=False):
         layers.append(
-            KernelLayer(
-                ratio=n_samples / n, constant=moments.eta - moments.zeta, linear=moments.zeta / second
-            )
+            KernelLayer(ratio=n_samples / n, constant=moments.eta - moments.zeta, linear=moments.zeta / second)
         )
         second = moments.eta
     return tuple(layers)
@@ -199,7 +198,9 @@ def _layers(
 def _assumptions(moments: NonlinearMoments, input_law: SpectralMeasure | None) -> tuple[str, ...]:
     assumptions = [
         "widths and samples large, in the proportions given; weights independent Gaussians, no biases",
-        "inputs with independent entries" if input_law is None else "inputs of equal length, pairwise nearly orthogonal",
+        "inputs with independent entries"
+        if input_law is None
+        else "inputs of equal length, pairwise nearly orthogonal",
     ]
     if moments.mean != 0.0:
         assumptions.append("the activation is centred at every layer: its mean is subtracted before the next")

@@ -34,8 +34,9 @@ class LayeredKernelLaw(NewtonLaw):
 
     Layer by layer from the top, X_l is replaced by its covariance: with c_l the coefficient that K_l has by then,
     e_l = c_l / (1 - c_l ratio_l tau_{l-1}), c_{l-1} = weights[l-1] + linear_l e_l, and at the bottom
-    G(z) = integral of mu_0(dx) / (A - c_0 x), A = z - shift - sum of constant_l e_l. The traces against the covariances,
-    tau_l = constant_{l+1} G + linear_{l+1} kappa_l, kappa_l = tau_{l-1} e_l / c_l, close the system in (e_1..e_L, A).
+    G(z) = integral of mu_0(dx) / (A - c_0 x), A = z - shift - sum of constant_l e_l. The traces against the
+    covariances, tau_l = constant_{l+1} G + linear_{l+1} kappa_l, kappa_l = tau_{l-1} e_l / c_l, close the system in
+    (e_1..e_L, A).
 
     Source: Fan and Wang 2020, Theorems 3.4 and 3.7, in the variables e_l = 1/s_l.
     """
@@ -214,7 +215,7 @@ class LayeredKernelLaw(NewtonLaw):
                 last = k
                 while last + 1 < len(x) and empty[last + 1]:
                     last += 1
-                if 0 < k and last + 1 < len(x):
+                if k > 0 and last + 1 < len(x):
                     middle = float(x[(k + last) // 2])
                     left, right = self._fold(middle, -1.0), self._fold(middle, 1.0)
                     ends += [left, right] if right > left else []
@@ -239,8 +240,7 @@ class LayeredKernelLaw(NewtonLaw):
             ahead, turned = self._correct(point + length * tangent * size, tangent, size, 1e-9)
             # A sharp turn or a long way back to the curve means that another branch was met.
             jumped = ahead is not None and (
-                turned @ tangent < 0.7
-                or np.abs((ahead - point) / size - length * tangent).max() > 0.5 * length + 1e-9
+                turned @ tangent < 0.7 or np.abs((ahead - point) / size - length * tangent).max() > 0.5 * length + 1e-9
             )
             if ahead is None or (length > 0.0 and jumped) or not self._beyond_bands(ahead):
                 length *= 0.4

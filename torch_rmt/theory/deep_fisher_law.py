@@ -35,10 +35,10 @@ class FisherStep:
 class DeepFisherLaw(NewtonLaw):
     """Law of Theta_L, from Theta_1 = start I by the steps.
 
-    With u the transform M = zG - 1 of the current law at its subordination point, and w_l the point where the law of D^2
-    has M_D(w_l) = u: a step multiplies, z_l = shift + gain w_l (u/(1 + u)) z_{l-1} (times 1 + u for Gaussian W), and as z_l is
-    shifted, u_l = u + shift (1 + u)/(z_l - shift). Unknowns: w_1..w_{L-1}, in the order of the steps; u_1 = M_D(w_1), where
-    z_1 = start (1 + u_1)/u_1. Only the last step is a condition on z.
+    With u the transform M = zG - 1 of the current law at its subordination point, and w_l the point where the law of
+    D^2 has M_D(w_l) = u: a step multiplies, z_l = shift + gain w_l (u/(1 + u)) z_{l-1} (times 1 + u for Gaussian W),
+    and as z_l is shifted, u_l = u + shift (1 + u)/(z_l - shift). Unknowns: w_1..w_{L-1}, in the order of the steps;
+    u_1 = M_D(w_1), where z_1 = start (1 + u_1)/u_1. Only the last step is a condition on z.
 
     Source: Hayase and Karakida 2020, The spectrum of Fisher information of deep networks achieving dynamical isometry,
     section 4, in S-transforms; Gaussian W from the same recursion.

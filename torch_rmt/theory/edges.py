@@ -21,8 +21,8 @@ _DEGREE = 90  # rounding error from 80 on, found by tuning; so too the 48 nodes 
 def tracy_widom_determinant(s: ArrayLike) -> Float[np.ndarray, "..."]:
     """F1(s) = det(1 - B_s), B_s(x, y) = Ai(x + y + s) on L^2(0, inf), for the real (GOE) case.
 
-    Ferrari and Spohn 2005, by Bornemann's Nyström method 2010: Gauss-Legendre on (0, L), where the kernel has died out at
-    L = 16 - s; the determinant then converges exponentially. About 1e-14 absolute.
+    Ferrari and Spohn 2005, by Bornemann's Nyström method 2010: Gauss-Legendre on (0, L), where the kernel has died
+    out at L = 16 - s; the determinant then converges exponentially. About 1e-14 absolute.
     """
     point = np.atleast_1d(np.asarray(s, dtype=float)).ravel()
     nodes, weights = np.polynomial.legendre.leggauss(48)

@@ -1,7 +1,9 @@
-"""Finite width: the law of the squared gradient norm of a random network (Hanin and Nica 2018), known before training."""
+"""Finite width: the law of the squared gradient norm of a random network (Hanin and Nica 2018), known before
+training."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +30,8 @@ def gradient_norm_law(
 ) -> GradientNormLaw:
     """Law of log ||J u||^2, J the input-output Jacobian of a network drawn at random, u a fixed unit vector.
 
-    Weights of layer l have variance sigma_w^2 / n_{l-1}; every map is followed by the activation. The same law holds for
-    the gradient sent back by a unit vector at the output, widths reversed.
+    Weights of layer l have variance sigma_w^2 / n_{l-1}; every map is followed by the activation. The same law holds
+    for the gradient sent back by a unit vector at the output, widths reversed.
 
     Homogeneous activations (ReLU, leaky ReLU, linear): the layers' factors are independent and the cumulants of their
     logarithms exact; to leading order N(-beta/2, beta), beta = sum_l (3 mu_2/mu_1^2 - 1)/n_l, for ReLU 5 sum_l 1/n_l.
@@ -81,8 +83,8 @@ def layer_log_cumulants(width: int, slopes: tuple[float, float]) -> Float[np.nda
     """First four cumulants of log (1/width) sum_i c_i z_i^2, z Gaussian, c_i = left^2 or right^2 with equal chance.
 
     With E exponential, P(log E - log X > y) = E exp(-e^y X) is [(1 + 2 l^2 s)^(-1/2)/2 + (1 + 2 r^2 s)^(-1/2)/2]^width,
-    s = e^y/width: the cumulants of log E are polygamma(1), and those of log X are left. Where a slope is zero, given that
-    not all neurons are dead.
+    s = e^y/width: the cumulants of log E are polygamma(1), and those of log X are left. Where a slope is zero, given
+    that not all neurons are dead.
     """
     left, right = slopes[0] ** 2, slopes[1] ** 2
     if left == right:
@@ -93,7 +95,8 @@ def layer_log_cumulants(width: int, slopes: tuple[float, float]) -> Float[np.nda
         return value
     dead = 0.5**width if min(left, right) == 0.0 else 0.0
     scale = 0.5 * (left + right)
-    # Trapezoidal rule for the density of V = log E - log X, analytic for |Im y| < pi: exact to rounding at step 0.1. The
+    # Trapezoidal rule for the density of V = log E - log X, analytic for |Im y| < pi: exact to rounding at step 0.1.
+    # The
     # right tail falls like exp(-y/2) at worst (one neuron alive).
     y = np.arange(-45.0, 100.0, 0.1)
     s = np.exp(y) / (width * scale)
@@ -123,7 +126,7 @@ def _homogeneous(
     ratio = fourth / second**2
     cumulants = np.zeros(4)
     extra, concentration = 0.0, first
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layer = layer_log_cumulants(after, slopes)
         layer[0] += np.log(variance_w * after / before)
         cumulants += layer
@@ -209,7 +212,9 @@ class _LayerMoments:
         v2, s2 = value**2, slope**2
         mean_v2, mean_s2 = float(weight @ v2), float(weight @ s2)
         if mean_s2 <= 0.0:
-            raise ValueError(f"{phi.name} is flat where the pre-activations are (mean square {k:g}): no gradient passes")
+            raise ValueError(
+                f"{phi.name} is flat where the pre-activations are (mean square {k:g}): no gradient passes"
+            )
         first = float(rate @ s2) / mean_s2
         return cls(
             value2=mean_v2,
@@ -237,9 +242,9 @@ def _coupled(
 ) -> GradientNormLaw:
     """Covariance of (q, log ||J u||^2) and their means to order 1/width, layer by layer.
 
-    A neuron's pair (pre-activation, tangent) is Gaussian with variances K, T and covariance C. With k, t the fluctuations
-    of K and log T: k' = f'(K) k + noise, t' = t + (log chi)'(K) k + noise, the noises being averages over n neurons, hence
-    correlated; C^2/T starts at 1/n_0 for a random direction and adds to the mean only.
+    A neuron's pair (pre-activation, tangent) is Gaussian with variances K, T and covariance C. With k, t the
+    fluctuations of K and log T: k' = f'(K) k + noise, t' = t + (log chi)'(K) k + noise, the noises being averages
+    over n neurons, hence correlated; C^2/T starts at 1/n_0 for a random direction and adds to the mean only.
     """
     depth = len(sizes) - 1
     K = start
@@ -255,12 +260,7 @@ def _coupled(
         g1, g2 = m.log_slope2_rate, m.log_slope2_bend
         f1, f2 = gain * m.value2_rate, gain * m.value2_bend
         mean_field += float(np.log(gain * m.slope2))
-        shift += (
-            g1 * mean_k
-            + 0.5 * g2 * var_k
-            + (m.slope2_along / m.slope2 - 1.0) * alignment / K
-            - 0.5 * noise_t
-        )
+        shift += g1 * mean_k + 0.5 * g2 * var_k + (m.slope2_along / m.slope2 - 1.0) * alignment / K - 0.5 * noise_t
         alignment = ((gain * m.cross) ** 2 * alignment + gain**2 * m.mixed / n) / (gain * m.slope2)
         var_t += 2.0 * g1 * cov + g1**2 * var_k + noise_t
         cov = f1 * (cov + g1 * var_k) + noise_kt
@@ -274,7 +274,7 @@ def _coupled(
         variance=var_t,
         log_mean_field=mean_field,
         assumptions=(
-            "weights independent, of variance sigma_w^2/fan-in, biases Gaussian; one fixed direction u, generic to the input",
+            "weights independent, of variance sigma_w^2/fan-in, biases Gaussian; one direction u, generic to the input",
             f"depth/width ({depth}/{min(sizes)}) small: leading order in 1/width, the coupling of q and slope included",
             f"first pre-activations of mean square {start:.4g}",
         ),

@@ -21,12 +21,12 @@ def fisher_law(activation: object) -> FisherLaw:
     slope = gaussian_expectation(phi.derivative, 1.0, phi.kinks)
     eta_prime = gaussian_expectation(lambda h: phi.derivative(h) ** 2, 1.0, phi.kinks)
     if abs(slope**2 - moments.zeta) > 1e-6 * max(moments.zeta, 1e-6 * moments.eta):
-        raise ValueError(
-            f"E phi' and E Z phi disagree for {phi.name}: it jumps, and its gradient, hence its Fisher matrix, misses that"
-        )
+        raise ValueError(f"E phi' and E Z phi disagree for {phi.name}: it jumps, and its gradient misses that")
     # eta' >= (E phi')^2 with equality for a linear activation only: keep rounding out of it
     return FisherLaw(
-        eta=moments.eta, eta_prime=max(eta_prime, moments.zeta) if moments.eta > moments.zeta else moments.zeta, zeta=moments.zeta
+        eta=moments.eta,
+        eta_prime=max(eta_prime, moments.zeta) if moments.eta > moments.zeta else moments.zeta,
+        zeta=moments.zeta,
     )
 
 
@@ -81,7 +81,7 @@ def fisher_spectrum(activation: object) -> Prediction:
     ]
     if mean != 0.0:
         assumptions.append(
-            f"the activation is centred: its mean {mean:.4g} adds one outlier an output, of order n mean^2, not in the law"
+            f"the activation is centred: its mean {mean:.4g} adds one outlier an output, about n mean^2, not in the law"
         )
     high = law.bounds()[1]
     e, f, z = law.eta, law.eta_prime, law.zeta

@@ -43,7 +43,8 @@ class FisherLaw(SpectralMeasure):
     def __post_init__(self) -> None:
         if not 0.0 <= self.zeta <= min(self.eta, self.eta_prime):
             raise ValueError(
-                f"an activation has 0 <= zeta <= min(eta, eta'), got eta {self.eta}, eta' {self.eta_prime}, zeta {self.zeta}"
+                f"an activation has 0 <= zeta <= min(eta, eta'), "
+                f"got eta {self.eta}, eta' {self.eta_prime}, zeta {self.zeta}"
             )
         if self.eta <= 0.0 or self.eta_prime <= 0.0:
             raise ValueError("a constant activation has no Fisher spectrum: eta and eta' must be positive")
@@ -77,9 +78,7 @@ class FisherLaw(SpectralMeasure):
             return ((low, 0.5), (high, 0.5)) if high > low else ((low, 1.0),)
         return ((low, 0.5),) if high == low else ()
 
-    def _rule(
-        self, x: Float[np.ndarray, " n"]
-    ) -> tuple[Float[np.ndarray, "n nodes"], Float[np.ndarray, "n nodes"]]:
+    def _rule(self, x: Float[np.ndarray, " n"]) -> tuple[Float[np.ndarray, "n nodes"], Float[np.ndarray, "n nodes"]]:
         """Values l1 and weights of MP(1), split at each x where t(l1) passes 0 or 4, and graded there.
 
         l1 = 4 sin^2(angle), of density (4/pi) cos^2; t is linear in l1, so the splits are known.

@@ -74,9 +74,7 @@ class FreeLevy(RationalCurveLaw):
         jumps = sum(rate * size**k for size, rate in self.jumps)
         return jumps + (self.drift if k == 1 else 0.0) + (self.gaussian if k == 2 else 0.0)
 
-    def _transform(
-        self, s: Complex[np.ndarray, "..."], z: Complex[np.ndarray, "..."]
-    ) -> Complex[np.ndarray, "..."]:
+    def _transform(self, s: Complex[np.ndarray, "..."], z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
         return s
 
     def _potential(self, s: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
@@ -86,4 +84,4 @@ class FreeLevy(RationalCurveLaw):
             gap = 1.0 - size * s
             log = log_from_above(gap) if size > 0 else log_from_below(gap)
             value = value + rate * (size * s / gap + log)
-        return value
+        return np.asarray(value)

@@ -22,8 +22,9 @@ class GradientNormLaw:
         exact: whether mean and variance are exact at these widths or hold to leading order in 1/width.
         assumptions, reference: in words.
 
-    The Gaussian limit is corrected for skewness and kurtosis (Cornish and Fisher), so that bands keep their rate of false
-    alarms at small widths: within a tenth of it for a skewness up to 0.5, a fifth up to 1 (two ReLU layers of 12 units).
+    The Gaussian limit is corrected for skewness and kurtosis (Cornish and Fisher), so that bands keep their rate of
+    false alarms at small widths: within a tenth of it for a skewness up to 0.5, a fifth up to 1 (two ReLU layers of
+    12 units).
     """
 
     mean: float
@@ -45,10 +46,7 @@ class GradientNormLaw:
         z = ndtri(np.asarray(p, dtype=float))
         skew, kurt = self.skewness, self.excess_kurtosis
         shifted = (
-            z
-            + skew * (z**2 - 1.0) / 6.0
-            + kurt * (z**3 - 3.0 * z) / 24.0
-            - skew**2 * (2.0 * z**3 - 5.0 * z) / 36.0
+            z + skew * (z**2 - 1.0) / 6.0 + kurt * (z**3 - 3.0 * z) / 24.0 - skew**2 * (2.0 * z**3 - 5.0 * z) / 36.0
         )
         return np.asarray(self.mean + np.sqrt(self.variance) * shifted)
 
@@ -65,7 +63,8 @@ class GradientNormLaw:
         return np.asarray(np.clip(ndtr(x) - gauss * correction, 0.0, 1.0))
 
     def band(self, false_alarms: float = 0.05) -> tuple[float, float]:
-        """Interval of ||J u||^2 that a network drawn at random leaves with probability `false_alarms`, half on each side."""
+        """Interval of ||J u||^2 that a network drawn at random leaves with probability `false_alarms`, half on each
+        side."""
         if not 0.0 < false_alarms < 1.0:
             raise ValueError(f"false_alarms is a probability strictly between 0 and 1, got {false_alarms}")
         low, high = np.exp(self.log_quantile(np.array([0.5 * false_alarms, 1.0 - 0.5 * false_alarms])))

@@ -1,4 +1,5 @@
-"""The Gram matrix (conjugate kernel) of one hidden layer: Pennington and Worah 2017, with bias Piccolo and Schröder 2021."""
+"""The Gram matrix (conjugate kernel) of one hidden layer: Pennington and Worah 2017, with bias Piccolo and Schröder
+2021."""
 
 from __future__ import annotations
 
@@ -82,9 +83,9 @@ def gram_spectrum(
     """Predict the spectrum of the Gram matrix M = Y Y^T / n_samples, Y = activation(W X + b 1^T).
 
     W (n_out, n_in) has entry variance sigma_w^2 / n_in, X (n_in, n_samples) entry variance sigma_x^2, b entry variance
-    sigma_b^2, one b_i a neuron. The activation is centred: its mean over everything is subtracted. What the law does not
-    hold, a single eigenvalue that the mean (with bias, the row means) pulls out, is the scalar "outlier" of the matrix
-    that is not centred. The nonzero eigenvalues are those of Y^T Y / n_samples.
+    sigma_b^2, one b_i a neuron. The activation is centred: its mean over everything is subtracted. What the law does
+    not hold, a single eigenvalue that the mean (with bias, the row means) pulls out, is the scalar "outlier" of the
+    matrix that is not centred. The nonzero eigenvalues are those of Y^T Y / n_samples.
 
     Returns:
         Prediction with scalars "eta", "zeta", "activation_mean", "mean", "largest_eigenvalue" (edge of the bulk),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,9 +25,9 @@ class GramBiasLaw(NewtonLaw):
     """Law of Y Y^T / m, Y = activation(W X + b 1^T) less its row means, one Gaussian bias a row.
 
     A row with bias b has linear part alpha(b) = (E g phi(b + sigma g))^2 and remainder v(b) = Var_g phi(b + sigma g) -
-    alpha(b). The population covariance of the columns is diag(v) + diag(sqrt alpha) (W W^T/n_in) diag(sqrt alpha), so with
-    g(b) = 1/(w - v - alpha tau):  tau (1 - E alpha g / psi) = 1,  z = w (1 + ratio (w E g - 1)),  G = E g / (1 + ratio (w E g - 1)).
-    Averaging alpha and v over b before solving would be wrong.
+    alpha(b). The population covariance of the columns is diag(v) + diag(sqrt alpha) (W W^T/n_in) diag(sqrt alpha), so
+    with g(b) = 1/(w - v - alpha tau):  tau (1 - E alpha g / psi) = 1,  z = w gain,  G = E g / gain,
+    gain = 1 + ratio (w E g - 1). Averaging alpha and v over b before solving would be wrong.
 
     Fields:
         alpha, noise, row_mean: profiles alpha(b), v(b), E_g phi(b + sigma g) at the nodes of the bias.
@@ -67,7 +68,7 @@ class GramBiasLaw(NewtonLaw):
     @property
     def mean(self) -> float:
         """Mean eigenvalue, E (alpha + v)."""
-        return float(self.weight @ (self.alpha + self.noise))
+        return float(np.dot(self.weight, self.alpha + self.noise))
 
     def atoms(self) -> tuple[Atom, ...]:
         """At zero, where there are fewer samples than neurons (or, for a linear activation, inputs)."""
@@ -81,7 +82,7 @@ class GramBiasLaw(NewtonLaw):
         return self._bands
 
     def _scale(self) -> float:
-        return 2.0 * self._largest * (1.0 + self.ratio**0.5) ** 2
+        return float(2.0 * self._largest * (1.0 + np.sqrt(self.ratio)) ** 2)
 
     @cached_property
     def _largest(self) -> float:
@@ -175,7 +176,7 @@ class GramBiasLaw(NewtonLaw):
             cuts = [brentq(self._worst, tau[k], tau[k + 1], xtol=1e-15, rtol=1e-14) for k in change]
             ends = np.array([tau[0], *cuts, tau[-1]])
             state = bool(falls[0])
-            for a, b in zip(ends, ends[1:], strict=False):
+            for a, b in itertools.pairwise(ends):
                 if state and b > a:
                     high, low = self._real_curve(np.array([a, b]))[1]
                     low = -np.inf if a == 1.0 else low
@@ -193,7 +194,7 @@ class GramBiasLaw(NewtonLaw):
     @cached_property
     def _bands(self) -> tuple[Interval, ...]:
         gaps = self._gaps
-        bands = [(a[1], b[0]) for (a, _), (b, _) in zip(gaps, gaps[1:], strict=False)]
+        bands = [(a[1], b[0]) for (a, _), (b, _) in itertools.pairwise(gaps)]
         # the matrix is not negative: at most rounding below zero
         bands = [(max(low, 0.0), high) for low, high in bands]
         return tuple((low, high) for low, high in bands if high - low > 1e-9 * self._largest)

@@ -86,9 +86,7 @@ class SampleCovarianceLaw(RationalCurveLaw):
             value = value + rate * size * s / (1.0 - size * s)
         return value
 
-    def _transform(
-        self, s: Complex[np.ndarray, "..."], z: Complex[np.ndarray, "..."]
-    ) -> Complex[np.ndarray, "..."]:
+    def _transform(self, s: Complex[np.ndarray, "..."], z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
         with np.errstate(all="ignore"):
             return np.asarray(s / (1.0 + self.ratio * self._u(s)))
 
@@ -99,7 +97,7 @@ class SampleCovarianceLaw(RationalCurveLaw):
             value = value + (1.0 - 1.0 / self.ratio) * log_from_below(1.0 + self.ratio * u)
         for size, rate in self.jumps:
             value = value + rate * log_from_above(1.0 - size * s)
-        return value
+        return np.asarray(value)
 
     def outlier(self, strength: float) -> float | None:
         """Eigenvalue that a rank-one mean of squared singular value `strength` pulls out of the bulk, or None.

@@ -49,8 +49,8 @@ def critical_energy(*, phi: float, scale: float = 1.0, residual: Residual = "rel
 
     ReLU: scale^2 (27 - 18 c - c^2 + 8 c^(3/2)) / (32 phi (1 - phi)^3) with c = 1 + 16 phi - 8 phi^2.
     Wigner: scale^2 (1 - 20 phi - 8 phi^2 + (1 + 8 phi)^(3/2)) / 16.
-    From z = 0 being the lower edge, i.e. z(G) = z'(G) = 0. At phi >= 1 the Wishart part is not positive definite, and any
-    error makes saddles.
+    From z = 0 being the lower edge, i.e. z(G) = z'(G) = 0. At phi >= 1 the Wishart part is not positive definite, and
+    any error makes saddles.
 
     >>> round(critical_energy(phi=1e-9, residual="wigner"), 6)        # H0 = identity, semicircle of radius 1
     0.125
@@ -76,9 +76,7 @@ def critical_energy_numerical(*, phi: float, scale: float = 1.0, residual: Resid
         return 0.0
 
     def lower_edge(log_energy: float) -> float:
-        return hessian_law(
-            phi=phi, energy=float(np.exp(log_energy)), scale=scale, residual=residual
-        ).bounds()[0]
+        return hessian_law(phi=phi, energy=float(np.exp(log_energy)), scale=scale, residual=residual).bounds()[0]
 
     low = float(np.log(1e-12 * scale**2 * (1.0 - phi) ** 4))
     return float(np.exp(brentq(lower_edge, low, np.log(8.0 * scale**2 * (1.0 + 1.0 / phi)), xtol=1e-14)))
@@ -93,9 +91,7 @@ def index(law: SpectralMeasure) -> float:
     return max(0.0, float(law.cdf(np.array(0.0))) - at_zero)
 
 
-def hessian_spectrum(
-    *, phi: float, energy: float, scale: float = 1.0, residual: Residual = "relu"
-) -> Prediction:
+def hessian_spectrum(*, phi: float, energy: float, scale: float = 1.0, residual: Residual = "relu") -> Prediction:
     """Predict the spectrum of the Hessian of a network with one hidden layer at a point of given error.
 
     Args:

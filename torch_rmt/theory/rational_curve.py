@@ -10,6 +10,7 @@ which is elementary in s, without integration.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from functools import cached_property
 
@@ -30,7 +31,9 @@ def strip(polynomial: ArrayLike) -> Polynomial:
 
 
 def plus(first: ArrayLike, second: ArrayLike) -> Polynomial:
-    """Sum of two polynomials, a coefficient that cancels to rounding set to zero, so that the degree comes out right."""
+    """Sum of two polynomials, a coefficient that cancels to rounding set to zero, so that the degree comes out
+    right."""
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     total = np.polyadd(first, second)
     size = np.polyadd(np.abs(first), np.abs(second))
     return strip(np.where(np.abs(total) <= 1e-14 * size, 0.0, total))
@@ -38,12 +41,12 @@ def plus(first: ArrayLike, second: ArrayLike) -> Polynomial:
 
 def log_from_below(w: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
     """Logarithm of numbers of the closed lower half-plane, argument in [-pi, 0]; the negative axis has -pi."""
-    return np.log(np.abs(w)) - 1j * np.arctan2(np.abs(w.imag), w.real)
+    return np.asarray(np.log(np.abs(w)) - 1j * np.arctan2(np.abs(w.imag), w.real))
 
 
 def log_from_above(w: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
     """Logarithm of numbers of the closed upper half-plane, argument in [0, pi]; the negative axis has +pi."""
-    return np.log(np.abs(w)) + 1j * np.arctan2(np.abs(w.imag), w.real)
+    return np.asarray(np.log(np.abs(w)) + 1j * np.arctan2(np.abs(w.imag), w.real))
 
 
 def polynomial_slope(curve: tuple[Polynomial, Polynomial]) -> tuple[Polynomial, Polynomial]:
@@ -77,9 +80,7 @@ class RationalCurveLaw(SpectralMeasure):
         """The rational functions that must map s into the upper half-plane; the last is z."""
 
     @abstractmethod
-    def _transform(
-        self, s: Complex[np.ndarray, "..."], z: Complex[np.ndarray, "..."]
-    ) -> Complex[np.ndarray, "..."]:
+    def _transform(self, s: Complex[np.ndarray, "..."], z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
         """G at the parameter s, where the curve passes z."""
 
     @abstractmethod
@@ -103,7 +104,7 @@ class RationalCurveLaw(SpectralMeasure):
             breaks.update(real_roots(slope))
         knots = sorted(breaks)
         reach = 2.0 * max(1.0, *(abs(knot) for knot in knots)) + 1.0
-        middles = [knots[0] - reach, *(0.5 * (a + b) for a, b in zip(knots, knots[1:], strict=False))]
+        middles = [knots[0] - reach, *(0.5 * (a + b) for a, b in itertools.pairwise(knots))]
         middles.append(knots[-1] + reach)
         ends = [-np.inf, *knots, np.inf]
         gaps: list[tuple[Interval, Interval]] = []
@@ -135,9 +136,7 @@ class RationalCurveLaw(SpectralMeasure):
 
     @cached_property
     def _support(self) -> tuple[Interval, ...]:
-        bands = [
-            (left[1], right[0]) for (left, _), (right, _) in zip(self._gaps, self._gaps[1:], strict=False)
-        ]
+        bands = [(left[1], right[0]) for (left, _), (right, _) in zip(self._gaps, self._gaps[1:], strict=False)]
         return tuple((low, high) for low, high in bands if high - low > 1e-12 * (abs(low) + abs(high)))
 
     def support(self) -> tuple[Interval, ...]:
@@ -150,7 +149,8 @@ class RationalCurveLaw(SpectralMeasure):
         degree = max(len(top), len(bottom)) - 1
         padded_top = np.concatenate([np.zeros(degree + 1 - len(top)), top])
         padded_bottom = np.concatenate([np.zeros(degree + 1 - len(bottom)), bottom])
-        # In 1/s: z has its pole at s = 0, so that the leading coefficient never vanishes, while a root s may be infinite.
+        # In 1/s: z has its pole at s = 0, so that the leading coefficient never vanishes, while a root s may be
+        # infinite.
         coefficients = (padded_top[None, :] - z[:, None] * padded_bottom[None, :])[:, ::-1]
         companion = np.zeros((len(z), degree, degree), dtype=coefficients.dtype)
         companion[:, 0, :] = -coefficients[:, 1:] / coefficients[:, :1]

@@ -37,9 +37,9 @@ def _derivative(function: Callable[[float], float], at: float, reach: float) -> 
 def spike_in_sum(bulk: SpectralMeasure, noise: SpectralMeasure, spike: float) -> Spike:
     """Outlier of A + B where A has law `bulk` and one eigenvalue `spike` outside it, and B of law `noise` is free of A.
 
-    The subordination function takes the outlier x to the spike: x = spike + R_noise(G_bulk(spike)), visible where x rises
-    with the spike, and the slope dx/dspike is the overlap (Capitaine 2013; Benaych-Georges and Nadakuditi 2011 for
-    bulk = delta_0).
+    The subordination function takes the outlier x to the spike: x = spike + R_noise(G_bulk(spike)), visible where x
+    rises with the spike, and the slope dx/dspike is the overlap (Capitaine 2013; Benaych-Georges and Nadakuditi 2011
+    for bulk = delta_0).
 
     Raises:
         ValueError: the spike lies inside the hull of the bulk.

@@ -19,8 +19,8 @@ class SphericalSpinGlass:
 
     Energies are per spin, u = H/N. The expected number of critical points of energy at most N u grows as
     exp(N complexity(u)); those with k negative directions as exp(N complexity(u, index=k)). Below the threshold
-    -E_inf only low indices occur, arranged in bands between -E_0 and -E_inf: minima alone, then minima and saddles of index
-    one, and so on. Above it critical points have a positive fraction of negative directions.
+    -E_inf only low indices occur, arranged in bands between -E_0 and -E_inf: minima alone, then minima and saddles of
+    index one, and so on. Above it critical points have a positive fraction of negative directions.
 
     Source: Auffinger, Ben Arous and Cerny 2013, Theorems 2.1, 2.5 and 2.8; Choromanska et al. 2015.
 
@@ -34,8 +34,8 @@ class SphericalSpinGlass:
     def __post_init__(self) -> None:
         if isinstance(self.p, bool) or not isinstance(self.p, int) or self.p < 3:
             raise ValueError(
-                f"p, the number of interacting spins (layers), must be an integer of at least 3, got {self.p}; at p = 2 the "
-                "critical points are the eigenvectors of a GOE matrix"
+                f"p, the number of spins in a term (layers), must be an integer of at least 3, got {self.p}; at p = 2 "
+                "the critical points are the eigenvectors of a GOE matrix"
             )
 
     @classmethod
@@ -52,7 +52,7 @@ class SphericalSpinGlass:
     def assumptions(self) -> tuple[str, ...]:
         """What the map from a network takes for granted (Choromanska et al. 2015, section 3)."""
         return (
-            "fully connected, no biases, ReLU; each path is active with the same probability, independently of the input",
+            "fully connected, no biases, ReLU; each path is active equally often, independently of the input",
             "the input along each path is an independent standard Gaussian",
             "weights are reused uniformly over the paths (redundancy), and as many distinct weights as spins N",
             "the weights lie on a sphere, of radius sqrt(N)",
@@ -91,7 +91,9 @@ class SphericalSpinGlass:
         point = np.asarray(u, dtype=float)
         e = self.threshold_energy
         if index is None:
-            return np.asarray(self._rate(np.asarray(np.minimum(point, 0.0))) - self._cost(np.asarray(np.minimum(point, -e))))
+            return np.asarray(
+                self._rate(np.asarray(np.minimum(point, 0.0))) - self._cost(np.asarray(np.minimum(point, -e)))
+            )
         index = _checked_index(index)
         below = np.asarray(np.minimum(point, -e))
         return np.asarray(self._rate(below) - (index + 1.0) * self._cost(below))
@@ -99,7 +101,8 @@ class SphericalSpinGlass:
     def complexity_at_fraction(self, u: ArrayLike, fraction: float) -> Float[np.ndarray, "..."]:
         """Rate of the number of critical points of energy at most N u of which a fraction of the directions falls.
 
-        Their energy concentrates at u_f = -E_inf s, s the point of the semicircle on [-1, 1] with mass `fraction` above it.
+        Their energy concentrates at u_f = -E_inf s, s the point of the semicircle on [-1, 1] with mass `fraction`
+        above it.
         """
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"fraction lies strictly between 0 and 1, got {fraction}; at 0 use complexity(u, index=0)")
@@ -117,7 +120,8 @@ class SphericalSpinGlass:
         return np.asarray(x * np.sqrt(x**2 - 1.0) - np.arccosh(x))
 
     def hessian_law(self, u: float) -> Semicircle:
-        """Limit law of the Riemannian Hessian of H at a point of energy N u: GOE of variance p (p - 1), shifted by -p u."""
+        """Limit law of the Riemannian Hessian of H at a point of energy N u: GOE of variance p (p - 1), shifted by -p
+        u."""
         return Semicircle(variance=float(self.p * (self.p - 1)), mean=-self.p * float(u))
 
     def index_fraction(self, u: float) -> float:
