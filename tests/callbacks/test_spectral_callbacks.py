@@ -27,6 +27,7 @@ def always(step: int) -> bool:
 
 #: A test must not depend on how busy the machine is.
 ALWAYS: dict[str, Any] = {"schedule": always, "max_seconds": 1e9}
+SELDOM: dict[str, Any] = {"schedule": lambda step: step in (0, 4), "max_seconds": 1e9}
 
 
 class Keep:
@@ -65,7 +66,7 @@ def test_every_logger_gets_every_scalar_under_its_own_separator(tmp_path: Path) 
     board = TensorBoardLogger(tmp_path / "board")
     keep = Keep()
     torch.manual_seed(0)
-    fit(Classifier(mlp()), [SpectralMonitor(**ALWAYS, sinks=[keep])], logger=[logger, board])
+    fit(Classifier(mlp()), [SpectralMonitor(**SELDOM, sinks=[keep])], logger=[logger, board])
     board.finalize("success")
     in_board, in_csv = scalars(tmp_path / "board"), rows(tmp_path / "csv")
     assert {report.name for _, report in keep.reports} == {"jacobian", "hessian", "fisher"}
@@ -87,7 +88,7 @@ def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
 
     board = TensorBoardLogger(tmp_path)
     torch.manual_seed(0)
-    fit(Classifier(mlp()), [SpectralMonitor(**ALWAYS)], logger=board)
+    fit(Classifier(mlp()), [SpectralMonitor(**SELDOM)], logger=board)
     board.finalize("success")
     (path,) = tmp_path.rglob("events.out.*")
     events = EventAccumulator(str(path))
@@ -102,19 +103,21 @@ def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
 
 
 def test_no_flood_of_charts(tmp_path: Path) -> None:
-    deep = nn.Sequential(*[m for _ in range(5) for m in (nn.Linear(12, 12), nn.Tanh())], nn.Linear(12, 3))
-    shallow = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+    def network(depth: int) -> nn.Module:
+        hidden = [m for _ in range(depth) for m in (nn.Linear(8, 8), nn.Tanh())]
+        return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), *hidden, nn.Linear(8, 3))
+
     counts = []
-    for name, net in {"deep": deep, "shallow": shallow}.items():
+    for name, net in {"deep": network(4), "shallow": network(1)}.items():
         board = TensorBoardLogger(tmp_path / name)
-        fit(Classifier(net), [SpectralMonitor(schedule=lambda s: s == 0, max_seconds=1e9)], logger=board, epochs=1)
+        fit(Classifier(net), [SpectralMonitor(**SELDOM)], logger=board, epochs=1)
         board.finalize("success")
         counts.append(len([tag for tag in scalars(tmp_path / name) if "/" in tag]))
     assert counts[0] == counts[1] <= 60
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_the_point_at_x_has_the_weights_of_the_loss_at_x(accumulate: int, seed: int, tmp_path: Path) -> None:
     class Recording(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -133,7 +136,7 @@ def test_the_point_at_x_has_the_weights_of_the_loss_at_x(accumulate: int, seed: 
         logger=CSVLogger(tmp_path),
         seed=seed,
         accumulate_grad_batches=accumulate,
-        epochs=4 // accumulate,
+        epochs=1 * accumulate,
         data=DataLoader(blobs(64), batch_size=16, shuffle=True),
     )
     steps = len(module.before) // accumulate
@@ -210,13 +213,14 @@ class NeedsCompany(nn.Module):
 
 
 def messages(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    said = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    return [message for message in said if message.startswith(tuple(CALLBACKS))]
 
 
 def test_a_measurement_that_fails_warns_once_and_training_goes_on() -> None:
     network = nn.Sequential(nn.Linear(12, 8), NeedsCompany(), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
     module = Classifier(network)
-    monitor = SpectralMonitor(**ALWAYS, sinks=[Keep()])
+    monitor = SpectralMonitor(**SELDOM, sinks=[Keep()])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(module, [monitor])
@@ -253,7 +257,7 @@ def test_a_batch_that_is_no_pair_is_said_once_with_the_remedy() -> None:
     loader = DataLoader(torch.utils.data.TensorDataset(x, y, y), batch_size=16)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(Three(mlp()), [CurvatureSpectrum(what=["hessian"], **ALWAYS, sinks=[Keep()])], data=loader)
+        fit(Three(mlp()), [CurvatureSpectrum(what=["fisher"], **ALWAYS, sinks=[Keep()])], data=loader)
     (message,) = messages(caught)
     assert "batch=lambda batch: (inputs, targets)" in message
     keep = Keep()
@@ -271,7 +275,7 @@ def test_without_a_loss_the_monitor_says_so_and_measures_the_jacobian() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-    monitor = SpectralMonitor(**ALWAYS, sinks=[Keep()])
+    monitor = SpectralMonitor(**SELDOM, sinks=[Keep()])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Lossless(), [monitor])
@@ -318,7 +322,7 @@ def test_a_spent_budget_stops_measuring_and_says_so_once() -> None:
 
 
 def test_the_state_loads_with_weights_only_and_resumes(tmp_path: Path) -> None:
-    first = SpectralMonitor(**ALWAYS, sinks=[Keep()])
+    first = JacobianSpectrum(**ALWAYS, sinks=[Keep()])
     torch.manual_seed(0)
     trainer = fit(Classifier(mlp()), [first], epochs=1)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
@@ -326,7 +330,7 @@ def test_the_state_loads_with_weights_only_and_resumes(tmp_path: Path) -> None:
     (state,) = checkpoint["callbacks"].values()
     assert state["spent"] == first.budget.spent > 0
     keep = Keep()
-    second = SpectralMonitor(**ALWAYS, sinks=[keep])
+    second = JacobianSpectrum(**ALWAYS, sinks=[keep])
     torch.manual_seed(0)
     module = Classifier(mlp())
     trainer = fit_from(module, [second], tmp_path / "run.ckpt", epochs=2)
@@ -347,19 +351,21 @@ def fit_from(module: Any, callbacks: list[Any], path: Path, *, epochs: int) -> A
 
 
 def test_self_log_in_forward_is_silent_while_measuring(tmp_path: Path) -> None:
+    calls: list[bool] = []
+
     class Chatty(Classifier):
         def forward(self, x: Tensor) -> Tensor:
             out = super().forward(x)
             self.log("size", out.abs().mean())
-            self.calls += 1
+            calls.append(self.training)
             return out
 
     module = Chatty(mlp())
-    module.calls = 0
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", category=RuntimeWarning, message="SpectralMonitor")
-        fit(module, [SpectralMonitor(**ALWAYS)], logger=CSVLogger(tmp_path))
-    assert module.calls > 6
+        warnings.filterwarnings("error", category=RuntimeWarning, message="CurvatureSpectrum")
+        fit(module, [CurvatureSpectrum(what=["fisher"], **ALWAYS)], logger=CSVLogger(tmp_path))
+    assert calls.count(True) == 6
+    assert calls.count(False) > 6
     assert "log" not in vars(module)
     sizes = [row["size"] for row in rows(tmp_path) if row["size"]]
     assert len(sizes) == 6

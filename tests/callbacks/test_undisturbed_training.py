@@ -33,7 +33,7 @@ def _run(net: Callable[[], nn.Module], callbacks: list[Any], folder: Path, seed:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("net", NETWORKS.values(), ids=NETWORKS)
 def test_all_three_spectra(net: Callable[[], nn.Module], precision: Any, tmp_path: Path) -> None:
-    monitor = CALLBACKS["SpectralMonitor"](schedule=lambda step: step in (0, 2), max_seconds=1e9)
+    monitor = CALLBACKS["SpectralMonitor"](schedule=lambda step: step == 2, max_seconds=1e9)
     without = _run(net, [], tmp_path / "without", 1, precision=precision)
     within = _run(net, [monitor], tmp_path / "with", 1, precision=precision)
     assert differences(without, within) == []
@@ -41,9 +41,9 @@ def test_all_three_spectra(net: Callable[[], nn.Module], precision: Any, tmp_pat
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", [2])
 def test_every_callback(name: str, seed: int, tmp_path: Path) -> None:
-    callback = CALLBACKS[name](schedule=lambda step: step in (0, 3), max_seconds=1e9)
+    callback = CALLBACKS[name](schedule=lambda step: step == 3, max_seconds=1e9)
     without = _run(norm_and_dropout, [], tmp_path / "without", seed)
     within = _run(norm_and_dropout, [callback], tmp_path / "with", seed)
     assert differences(without, within) == []
@@ -52,7 +52,7 @@ def test_every_callback(name: str, seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"max_steps": 4}])
 def test_trainer_settings(settings: dict[str, Any], tmp_path: Path) -> None:
-    monitor = CALLBACKS["SpectralMonitor"](schedule=lambda step: step in (0, 2), max_seconds=1e9)
+    monitor = CALLBACKS["SpectralMonitor"](schedule=lambda step: step == 2, max_seconds=1e9)
     without = _run(norm_and_dropout, [], tmp_path / "without", 4, **settings)
     within = _run(norm_and_dropout, [monitor], tmp_path / "with", 4, **settings)
     assert differences(without, within) == []
