@@ -27,7 +27,7 @@ def deep_fisher_spectrum(
 ) -> Prediction:
     """Predict the spectrum of J J^T / width for one sample, J the (outputs, parameters) Jacobian: the Fisher's dual.
 
-    The nonzero eigenvalues of the Fisher matrix J^T J of one sample, divided by the width. All `depth` layers of weights
+    Nonzero eigenvalues of the Fisher matrix J^T J of one sample, divided by the width. All `depth` layers of weights
     have the same width, the activation stands between them and not after the last. Each weight is trained by itself
     (the standard parametrisation); biases have variance sigma_b^2 and, where sigma_b > 0, are trained.
     Theta_l = (|x_{l-1}|^2/n + [biases]/n) I + W_l D_{l-1} Theta_{l-1} D_{l-1} W_l^T.
