@@ -86,7 +86,7 @@ class SpectralCallback(LightningCallback):
         self,
         *,
         schedule: Schedule = logarithmic_then_regular,
-        max_seconds: float = 30.0,
+        max_seconds: float = 40.0,
         max_fraction: float = 0.05,
         batch: BatchFunction = split_pair,
         loss: LossFunction | None = None,
@@ -94,9 +94,7 @@ class SpectralCallback(LightningCallback):
         sinks: Sequence[Sink] = (),
     ) -> None:
         if not callable(schedule):
-            raise TypeError(
-                f"schedule must be a function step -> bool, not {schedule!r}; for every 100: regular(100)."
-            )
+            raise TypeError(f"schedule must be a function step -> bool, not {schedule!r}; for every 100: regular(100).")
         self.schedule = schedule
         self.budget = Budget(max_seconds, max_fraction)
         self.batch = batch
@@ -196,9 +194,7 @@ class SpectralCallback(LightningCallback):
                         self._log(trainer, reports, step)
                 self._costs[name] = self.budget.spent - before
 
-    def _affords(
-        self, trainer: Any, name: str, measurement: Measurement, point: Point, *, last: bool
-    ) -> bool:
+    def _affords(self, trainer: Any, name: str, measurement: Measurement, point: Point, *, last: bool) -> bool:
         cost = self._costs.get(name)
         first = cost is None
         if cost is None:

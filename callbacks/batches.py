@@ -62,9 +62,7 @@ def find_model(module: nn.Module, name: str | None, *, has_forward: bool) -> nn.
         if name in modules:
             found: nn.Module = modules[name]
             return found
-        raise ValueError(
-            f"there is no module {name!r}; model= takes one of {_listed([n for n in modules if n])}."
-        )
+        raise ValueError(f"there is no module {name!r}; model= takes one of {_listed([n for n in modules if n])}.")
     if has_forward:
         return module
     children = [(n, c) for n, c in module.named_children() if any(True for _ in c.parameters())]

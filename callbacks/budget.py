@@ -37,9 +37,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.seconds < 0:
-            raise ValueError(
-                f"max_seconds = {self.seconds} is negative; 0 leaves the fraction of the run alone."
-            )
+            raise ValueError(f"max_seconds = {self.seconds} is negative; 0 leaves the fraction of the run alone.")
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"max_fraction = {self.fraction} must be between 0 and 1.")
 

@@ -84,9 +84,7 @@ class CriticalInit(LightningCallback):
             example = self.batch(_first_batch(trainer, pl_module))[0]
         else:
             example = pl_module.transfer_batch_to_device(example, pl_module.device, 0)
-        self.report = critical_init_(
-            model, example, ensemble=self.ensemble, sigma_b=self.sigma_b, q_star=self.q_star
-        )
+        self.report = critical_init_(model, example, ensemble=self.ensemble, sigma_b=self.sigma_b, q_star=self.q_star)
         if trainer.world_size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
                 torch.distributed.broadcast(tensor.detach(), 0)

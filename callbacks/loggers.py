@@ -17,9 +17,7 @@ def log_report(logger: Any, report: Report, step: int) -> None:
     line of `spectra.jsonl` in its folder.
     """
     separator = logger.group_separator
-    charts = {
-        f"{report.name}/{key}": value for key, value in report.scalars().items() if not _of_a_layer(key)
-    }
+    charts = {f"{report.name}/{key}": value for key, value in report.scalars().items() if not _of_a_layer(key)}
     logger.log_metrics({key.replace("/", separator): value for key, value in charts.items()}, step=step)
     experiment = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_histogram_raw"):

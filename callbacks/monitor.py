@@ -67,7 +67,7 @@ class CurvatureSpectrum(SpectralCallback):
 class SpectralMonitor(SpectralCallback):
     """Logs Jacobian, Hessian and Fisher spectra beside their laws; the defaults are meant to be enough.
 
-    Steps 0, 10, 20, 40, ..., 320, then every 500; one chart group a spectrum, not one a layer; half a minute
+    Steps 0, 10, 20, 40, ..., 320, then every 500; one chart group a spectrum, not one a layer; 40 seconds
     of measuring in all, or 5 % of the run where that is more. For a choice of layers, matrices or costs use
     `JacobianSpectrum` and `CurvatureSpectrum`, of which this is the sum.
 
@@ -100,6 +100,4 @@ class SpectralMonitor(SpectralCallback):
         return {"jacobian": self._measurements["jacobian"]}
 
 
-_HOW_TO_GIVE_A_LOSS = (
-    "pass loss=lambda output, target: ..., or keep the loss as loss_fn or criterion of the module."
-)
+_HOW_TO_GIVE_A_LOSS = "pass loss=lambda output, target: ..., or keep the loss as loss_fn or criterion of the module."

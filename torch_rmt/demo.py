@@ -114,7 +114,7 @@ class Outcome:
         first_loss, last_loss: at the first step and the mean of the last epoch's.
         chi: what the squared gradient is multiplied by from each layer to the one before, at step 0.
         gradient_first, gradient_last: gradient norms at the first and the last hidden layer at step 0.
-        at_start, at_end: reports by name.
+        at_start, at_end: the first and the last reports by name; what the budget allowed only once is in the first.
         seconds: of training, measurements included; `measuring` of them on spectra.
     """
 
@@ -137,9 +137,7 @@ class _Losses(pl.Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.values.append(float(outputs["loss"].detach()))
 
 
@@ -182,7 +180,7 @@ def train(setting: Setting, *, critical: bool, out: Path, progress: Sequence[Pro
         gradient_first=measured[0].gradient,
         gradient_last=measured[-1].gradient,
         at_start=monitor.first,
-        at_end=monitor.latest,
+        at_end={name: report for name, report in monitor.latest.items() if report is not monitor.first[name]},
         seconds=time.monotonic() - begin,
         measuring=monitor.budget.spent,
     )
@@ -223,7 +221,7 @@ def verdict(outcome: Outcome, chance: float = 0.1) -> str:
         learned = f"it learns in part: {outcome.accuracy:.0%} are read right, against {chance:.0%} by chance"
     else:
         learned = f"it learns nothing: {outcome.accuracy:.0%} are read right, {chance:.0%} would be by chance"
-    return f"{outcome.name}: chi = {mean_chi(outcome):.3g} a layer, so {gradients}; {learned}."
+    return f"{outcome.name}: chi = {mean_chi(outcome):.4g} a layer, so {gradients}; {learned}."
 
 
 def _chi(outcome: Outcome) -> str:
@@ -261,9 +259,7 @@ def save_figure(outcomes: Sequence[Outcome], path: Path) -> None:
     for axes, outcome in zip(made.subplots(1, len(outcomes), squeeze=False)[0], outcomes, strict=True):
         report = outcome.at_start["jacobian"]
         paint(axes, draw(report))
-        axes.set_title(
-            f"{outcome.name} initialisation: accuracy {outcome.accuracy:.0%}", loc="left", fontweight="bold"
-        )
+        axes.set_title(f"{outcome.name} initialisation: accuracy {outcome.accuracy:.0%}", loc="left", fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)
 
@@ -295,9 +291,7 @@ def run(
     )
     outcomes = []
     for critical in (False, True):
-        console.print(
-            "[bold]after critical_init_[/]" if critical else "[bold]PyTorch's default initialisation[/]"
-        )
+        console.print("[bold]after critical_init_[/]" if critical else "[bold]PyTorch's default initialisation[/]")
         bars = [RichProgressBar(leave=True)] if progress else []
         outcomes.append(train(setting, critical=critical, out=out, progress=bars))
     table = rows(outcomes)
@@ -314,7 +308,7 @@ def run(
             f"{o.name} initialisation, {when}": list(reports.values())
             for when, attribute in (("step 0", "at_start"), ("after training", "at_end"))
             for o in outcomes
-            for reports in [getattr(o, attribute)]
+            if (reports := getattr(o, attribute))
         },
         title=f"A {setting.depth}-layer tanh network on MNIST, from two initialisations",
         summary=lines,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from torch_rmt.compare import Distance, Outlier, Report
-from torch_rmt.measures import FussCatalan, MarchenkoPastur, Semicircle
+from torch_rmt.measures import Discrete, FussCatalan, MarchenkoPastur, Semicircle
 from torch_rmt.spectra import Spectrum
 from torch_rmt.theory import Prediction
 
@@ -43,9 +43,7 @@ def product_of_gaussians(seed: int = 0, n: int = 300, factors: int = 6) -> Repor
     for _ in range(factors):
         product = rng.normal(size=(n, n)) / np.sqrt(n) @ product
     squares = np.linalg.svd(product, compute_uv=False) ** 2
-    return Report(
-        "jacobian", exact_spectrum(squares, symmetric=False), Prediction(FussCatalan(factors)), agrees=True
-    )
+    return Report("jacobian", exact_spectrum(squares, symmetric=False), Prediction(FussCatalan(factors)), agrees=True)
 
 
 def wide_gaussian(seed: int = 0, rows: int = 100, columns: int = 400) -> Report:
@@ -66,5 +64,11 @@ def without_a_law(seed: int = 0) -> Report:
     return Report("hessian/whole", spectrum, None, verdict="Theory has no law for this network.")
 
 
+def law_in_pieces(seed: int = 0) -> Report:
+    """A law of many atoms, as the free sum of measured parts is."""
+    eigenvalues = np.sort(np.random.default_rng(seed).normal(size=200))
+    return Report("parts", exact_spectrum(eigenvalues, symmetric=True), Prediction(Discrete(eigenvalues[::10])))
+
+
 def all_reports() -> list[Report]:
-    return [semicircle_with_outlier(), product_of_gaussians(), wide_gaussian(), without_a_law()]
+    return [semicircle_with_outlier(), product_of_gaussians(), wide_gaussian(), without_a_law(), law_in_pieces()]

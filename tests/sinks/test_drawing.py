@@ -6,6 +6,7 @@ import pytest
 from tests.sinks.drawn_reports import (
     all_reports,
     exact_spectrum,
+    law_in_pieces,
     product_of_gaussians,
     semicircle_with_outlier,
     wide_gaussian,
@@ -15,6 +16,7 @@ from torch_rmt.compare import Report
 from torch_rmt.compare.distances import numerical_zero
 from torch_rmt.measures import Semicircle
 from torch_rmt.sinks.drawing import Axis, draw
+from torch_rmt.spectra import Spectrum
 
 
 @pytest.mark.parametrize("report", all_reports(), ids=lambda r: r.name)
@@ -36,9 +38,7 @@ def test_bars_hold_all_the_mass_that_is_not_zero(report: Report) -> None:
     ],
     ids=["linear", "log", "with atom"],
 )
-def test_area_under_the_curve_is_the_mass_of_the_continuous_part(
-    report: Report, mass: float, slack: float
-) -> None:
+def test_area_under_the_curve_is_the_mass_of_the_continuous_part(report: Report, mass: float, slack: float) -> None:
     drawing = draw(report)
     area = np.trapezoid(drawing.curve_y, drawing.curve_x)
     assert report.prediction is not None
@@ -94,6 +94,20 @@ def test_stretch_is_the_derivative_of_the_coordinate(axis: Axis) -> None:
     step = 1e-6 * x
     slope = (axis.place(x + step) - axis.place(x - step)) / (2 * step)
     np.testing.assert_allclose(slope * axis.stretch(x), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(axis.value(axis.place(x)), x, rtol=1e-12)
+
+
+def test_a_law_in_many_pieces_is_drawn_in_the_bins_of_the_bars() -> None:
+    drawing = draw(law_in_pieces())
+    assert drawing.atoms == ()
+    assert np.trapezoid(drawing.curve_y, drawing.curve_x) == pytest.approx(1.0, abs=1e-9)
+    assert np.abs(drawing.curve_y[::2] - drawing.heights).max() < 0.3
+
+
+def test_rounding_does_not_stretch_the_axis() -> None:
+    nodes, weights = np.array([[-5.0, 1.0, 2.0]]), np.array([[1e-13, 0.5, 0.5 - 1e-13]])
+    spectrum = Spectrum(nodes, weights, dim=1000, matvecs=3, method="slq", seed=0)
+    assert draw(Report("x", spectrum, None)).low > 0
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,7 @@ def test_json_lines_are_strict_and_whole(tmp_path: Path) -> None:
 def _events(folder: Path) -> dict[str, dict[str, list]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(
-        str(folder), size_guidance={"histograms": 0, "images": 0, "scalars": 0, "tensors": 0}
-    )
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0, "images": 0, "scalars": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
     read = {"scalars": events.Scalars, "histograms": events.Histograms, "images": events.Images}
@@ -70,9 +68,7 @@ def test_tensorboard_refuses_what_it_cannot_write_to() -> None:
         TensorBoardSink(3)
 
 
-def test_without_matplotlib_one_warning_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_one_warning_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"torch-rmt\[plots\]"):
         figure(product_of_gaussians())
@@ -141,7 +137,7 @@ def test_page_needs_nothing_but_itself(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = write_html(
         tmp_path / "made" / "page.html",
-        {"default": all_reports()[:2], "critical": all_reports()[2:]},
+        {"default": all_reports()[:2], "critical": all_reports()[2:4]},
         title="A <title> & more",
         summary=["First line.", "Second line."],
         table=[["run", "accuracy"], ["default", "0.1"], ["critical", "0.9"]],

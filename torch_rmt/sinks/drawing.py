@@ -15,6 +15,7 @@ from torch_rmt.measures import SpectralMeasure
 
 Scale = Literal["linear", "log", "symlog"]
 
+_PIECES = 8  # a law with more intervals and atoms than this, a free sum of measured parts, is drawn in bins
 _LINEAR_SPAN = 30.0  # a spectrum narrower than this factor is drawn on a linear axis; found by tuning
 
 
@@ -37,6 +38,14 @@ class Axis:
         elif self.scale == "symlog":
             x = np.arcsinh(x / (2 * self.unit)) / math.log(10)
         return np.asarray(x, dtype=np.float64)
+
+    def value(self, u: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Return the eigenvalues at coordinates: the inverse of `place`."""
+        if self.scale == "log":
+            u = 10.0**u
+        elif self.scale == "symlog":
+            u = 2 * self.unit * np.sinh(u * math.log(10))
+        return np.asarray(u, dtype=np.float64)
 
     def stretch(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """Return dx/du, by which a density in x becomes one in the coordinate u."""
@@ -112,7 +121,8 @@ def draw(report: Report, *, bins: int | None = None) -> Drawing:
         report: what to draw.
         bins: number of bars; None takes about 2 sqrt(n) of n eigenvalues, at least 12 and at most 60.
     """
-    used = report.spectrum.weights > 0
+    # A single eigenvalue weighs 1/dim; what weighs a thousandth of it is rounding.
+    used = report.spectrum.weights > 1e-3 / report.spectrum.dim
     nodes = report.spectrum.nodes[used].astype(np.float64)
     weights = (report.spectrum.weights / report.spectrum.weights.shape[0])[used]
     law = None if report.prediction is None else report.prediction.measure
@@ -126,14 +136,17 @@ def draw(report: Report, *, bins: int | None = None) -> Drawing:
         # Zeros of a rectangular matrix would dwarf all the rest.
         shown = nodes > rounding
         at_zero = float(weights[~shown].sum())
-        law_at_zero = sum(mass for place, mass in atoms if place <= 0)
+        law_at_zero = 0.0 if law is None else float(np.asarray(law.cdf(rounding)))
         atoms = tuple((place, mass) for place, mass in atoms if place > 0)
         if at_zero > 0 or law_at_zero > 0:
             said = "" if law is None else f"; the law puts {law_at_zero:.3g} there"
             notes.append(f"{at_zero:.3g} of the spectrum is 0 to rounding{said}")
     places = axis.place(nodes[shown])
-    curve_x, curve_y = _curve(law, axis, rounding) if law is not None else (np.zeros(0), np.zeros(0))
-    atoms = tuple((float(axis.place(np.array([place]))[0]), mass) for place, mass in atoms)
+    curve_x = curve_y = np.zeros(0)
+    binned = law is not None and len(law.support()) + len(atoms) > _PIECES
+    if law is not None and not binned:
+        curve_x, curve_y = _curve(law, axis, rounding)
+    atoms = () if binned else tuple((float(axis.place(np.array([place]))[0]), mass) for place, mass in atoms)
 
     ends = np.concatenate([places, curve_x[curve_y > 0], np.array([u for u, _ in atoms])])
     low, high = (float(ends.min()), float(ends.max())) if ends.size else (-1.0, 1.0)
@@ -143,10 +156,10 @@ def draw(report: Report, *, bins: int | None = None) -> Drawing:
         bins = int(np.clip(2 * math.sqrt(places.size), 12, 60))
     heights, edges = np.histogram(places, bins=bins, range=(low, high), weights=weights[shown])
     heights = heights / np.diff(edges)
+    if law is not None and binned:
+        curve_x, curve_y = _steps(law, axis, edges)
     filled = heights[heights > 0]
-    beyond = axis.place(
-        np.array([o.location for o in report.outliers if axis.scale != "log" or o.location > 0])
-    )
+    beyond = axis.place(np.array([o.location for o in report.outliers if axis.scale != "log" or o.location > 0]))
     return Drawing(
         axis=axis,
         label="squared singular value" if not report.spectrum.symmetric else "eigenvalue",
@@ -163,9 +176,15 @@ def draw(report: Report, *, bins: int | None = None) -> Drawing:
     )
 
 
-def _curve(
-    law: SpectralMeasure, axis: Axis, lowest: float
+def _steps(
+    law: SpectralMeasure, axis: Axis, edges: Float[np.ndarray, " n_plus_1"]
 ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """Mass of the law in the bars' own bins, as a staircase: for a law in very many pieces."""
+    share = np.diff(np.asarray(law.cdf(axis.value(edges)), dtype=np.float64)) / np.diff(edges)
+    """Mass of the law in the bars' own bins, as a staircase."""
+
+
+def _curve(law: SpectralMeasure, axis: Axis, lowest: float) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     """Continuous part of the law in the axis coordinate, with NaN in the gaps of its support."""
     intervals = law.support()
     if axis.scale != "log":

@@ -34,7 +34,7 @@ def figure(report: Report) -> Any:
     return made
 
 
-def paint(axes: Any, drawing: Drawing, *, notes: bool = True) -> None:
+def paint(axes: Any, drawing: Drawing) -> None:
     """Paint a drawing into matplotlib axes, the legend included."""
     axes.stairs(drawing.heights, drawing.edges, fill=True, color=_BARS, label="measured")
     if drawing.curve_x.size:
@@ -58,7 +58,7 @@ def paint(axes: Any, drawing: Drawing, *, notes: bool = True) -> None:
         axes.set_ylim(0, 1.08 * ceiling)
     ticks = drawing.axis.ticks(drawing.low, drawing.high)
     axes.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
-    axes.set_xlabel(drawing.label + (f"   ({'; '.join(drawing.notes)})" if notes and drawing.notes else ""))
+    axes.set_xlabel("\n".join([drawing.label, *drawing.notes]), fontsize=9)
     axes.set_ylabel("density" if drawing.axis.scale == "linear" else "density on this axis")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

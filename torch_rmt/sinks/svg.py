@@ -39,15 +39,11 @@ def svg(drawing: Drawing, *, title: str) -> str:
         y = up(height)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for left_edge, right_edge, height in zip(
-        drawing.edges[:-1], drawing.edges[1:], drawing.heights, strict=True
-    ):
+    for left_edge, right_edge, height in zip(drawing.edges[:-1], drawing.edges[1:], drawing.heights, strict=True):
         if height > 0:
             x, y = across(float(left_edge)), up(float(height))
             wide = max(across(float(right_edge)) - x - 0.5, 0.5)
-            parts.append(
-                f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{bottom - y:.1f}"/>'
-            )
+            parts.append(f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{bottom - y:.1f}"/>')
     breaks = np.flatnonzero(np.isnan(drawing.curve_x))
     for xs, heights in zip(np.split(drawing.curve_x, breaks), np.split(drawing.curve_y, breaks), strict=True):
         points = " ".join(
@@ -62,18 +58,14 @@ def svg(drawing: Drawing, *, title: str) -> str:
         parts.append(f'<text x="{x + 4:.1f}" y="{_TOP + 9}">{mass:.2g}</text>')
     for place in drawing.outliers:
         x = across(place)
-        parts.append(
-            f'<path class="outlier" d="M{x - 4:.1f},{bottom - 8}h8l-4,8z"><title>outlier</title></path>'
-        )
+        parts.append(f'<path class="outlier" d="M{x - 4:.1f},{bottom - 8}h8l-4,8z"><title>outlier</title></path>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     for place, text in drawing.axis.ticks(drawing.low, drawing.high):
         x = across(place)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
         parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(text)}</text>')
     label = drawing.label + (f" ({'; '.join(drawing.notes)})" if drawing.notes else "")
-    parts.append(
-        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(label)}</text>'
-    )
+    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(label)}</text>')
     parts.append("</svg>")
     return "".join(parts)
 
@@ -94,10 +86,7 @@ def _vertical_ticks(drawing: Drawing, floor: float, ceiling: float) -> list[tupl
     if drawing.logarithmic:
         first, last = math.ceil(math.log10(floor)), math.floor(math.log10(ceiling))
         step = max(1, math.ceil((last - first) / 5))
-        return [
-            (10.0**e, f"{10.0**e:.0e}" if abs(e) > 2 else f"{10.0**e:g}")
-            for e in range(first, last + 1, step)
-        ]
+        return [(10.0**e, f"{10.0**e:.0e}" if abs(e) > 2 else f"{10.0**e:g}") for e in range(first, last + 1, step)]
     magnitude = 10.0 ** math.floor(math.log10(ceiling / 4))
     spacing = magnitude * next(m for m in (1.0, 2.0, 5.0, 10.0) if m * magnitude >= ceiling / 5)
     return [(k * spacing, f"{k * spacing:.3g}") for k in range(int(ceiling / spacing) + 1)]

@@ -31,9 +31,7 @@ class TensorBoardSink:
 
             target = SummaryWriter(str(target))
         if not hasattr(target, "add_histogram_raw"):
-            raise TypeError(
-                f"TensorBoardSink takes a log directory or a SummaryWriter, not {type(target).__name__}."
-            )
+            raise TypeError(f"TensorBoardSink takes a log directory or a SummaryWriter, not {type(target).__name__}.")
         self.writer: Any = target
         self._figures = True
 
