@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook("torch_rmt", "beartype.beartype")
+import tests.run_time_types  # noqa: F401 - the hook looks it up by name
+
+_hook = install_import_hook("torch_rmt", "tests.run_time_types.checked")
 
 
 @pytest.fixture(autouse=True)
