@@ -211,7 +211,10 @@ class JacobianLaw(SpectralMeasure):
 
     def _m(self, z: Points) -> Points:
         lower = z.imag < 0
-        z = np.where(lower, np.conj(z), z)
+        # Built by parts: -1 - 0j has its logarithm on the wrong side of the cut.
+        folded = np.empty_like(z)
+        folded.real, folded.imag = z.real, np.abs(z.imag)
+        z = folded
         log_z = np.log(z) - self.log_scale
         result = np.full(z.shape, np.nan + 0j)
         real = (z.imag == 0) & (z.real > 0)
