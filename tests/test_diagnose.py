@@ -104,7 +104,7 @@ def test_a_cnn_and_a_model_that_theory_does_not_know() -> None:
     critical_init_(net, x)
     report = jacobian_report(net, x)
     assert report.prediction is not None
-    assert report.facts["chi"] == pytest.approx(1.0, abs=0.1)
+    assert report.facts["chi"] == pytest.approx(1.0, abs=0.2)  # six channels
 
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
-from types import BuiltinFunctionType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_rmt.forward_graph import ForwardGraph, WeightUse, record
 from torch_rmt.measures import PointMass
 from torch_rmt.stretch import Stretch, stretch_to
-from torch_rmt.theory import Activation, Architecture, Layer, activation_names, as_activation
+from torch_rmt.theory import Activation, Architecture, Layer
+from torch_rmt.theory.gaussian import gaussian_rule
+from torch_rmt.torch_activation import from_torch
 
 _GRID = np.linspace(-7.3, 7.3, 401)
 
@@ -75,9 +73,7 @@ def describe(
     return describe_between(module, example_input, source, target)
 
 
-def describe_between(
-    module: nn.Module, example_input: Any, source: str | None, target: str | None
-) -> Architecture:
+def describe_between(module: nn.Module, example_input: Any, source: str | None, target: str | None) -> Architecture:
     """Describe the way from one module's output to another's; None is the network's input or output.
 
     As `describe` with ends, and strict for the whole network too: what is returned is the chain whose
@@ -139,9 +135,7 @@ def read_links(graph: ForwardGraph) -> list[Link]:
     return links
 
 
-def layer_of(
-    graph: ForwardGraph, use: WeightUse, activation: Activation | None, n_in: int | None = None
-) -> Layer:
+def layer_of(graph: ForwardGraph, use: WeightUse, activation: Activation | None, n_in: int | None = None) -> Layer:
     """The theory's layer for a weight and the activation that follows it."""
     weight = use.weight.double()
     sigma_w = math.sqrt(float(weight.square().mean()) * use.fan_in)
@@ -158,7 +152,6 @@ def layer_of(
 
 
 # --- chains
-# ---------------------------------------------------------------------------------------------------------
 
 
 def _longest_chain(graph: ForwardGraph) -> Architecture:
@@ -166,9 +159,7 @@ def _longest_chain(graph: ForwardGraph) -> Architecture:
     stops = {use.output for use in graph.weights} | set(graph.inputs)
     tail, last_activation = _activation_of(stretch_to(graph, graph.output, stops))
     if not links:
-        raise ValueError(
-            "no weights were found: describe reads nn.Linear, nn.Conv and the functions behind them"
-        )
+        raise ValueError("no weights were found: describe reads nn.Linear, nn.Conv and the functions behind them")
     depth: list[int] = []
     for link in links:
         depth.append(1 + (depth[link.parent] if link.parent is not None else 0))
@@ -232,23 +223,48 @@ def _chain_between(graph: ForwardGraph, start: int, end: int) -> Architecture | 
 
 
 def _pool_q(layers: list[Layer]) -> tuple[Layer, ...]:
-    """Give layers of one activation whose q lie within a factor 4 (or a quarter of the range) their mean."""
+    """Give layers of one activation a common q, that of their mean log E phi'^2, where it keeps scale and spread.
+
+    The spread of the Jacobian's spectrum is sum_l (E phi'^4 / (E phi'^2)^2 - 1), and one more for a Gaussian weight.
+    Where one q for all would move it by over a tenth, layers share theirs within a factor of 4 only: the law of many
+    unlike layers takes long to solve.
+    """
     pooled = list(layers)
-    for activation in {layer.activation.name for layer in layers if layer.activation is not None}:
-        of_it = [
-            (layer.q, i)
-            for i, layer in enumerate(layers)
-            if layer.activation is not None and layer.activation.name == activation and layer.q
-        ]
-        of_it.sort()
-        step = max(4.0, (of_it[-1][0] / of_it[0][0]) ** 0.25) if of_it else 4.0
-        while of_it:
-            group = [(q, i) for q, i in of_it if q <= step * of_it[0][0]]
-            of_it = of_it[len(group) :]
-            mean = math.exp(sum(math.log(q) for q, _ in group) / len(group))
+    gaussian = sum(layer.ensemble == "gaussian" for layer in layers)
+    for activation in {layer.activation.name: layer.activation for layer in layers if layer.activation}.values():
+        measured = sorted((layer.q, i) for i, layer in enumerate(layers) if layer.q and layer.activation is activation)
+        groups = [measured] if measured else []
+        if measured:
+            q = _common_q(activation, [q for q, _ in measured])
+            spread = math.fsum(_slope_moments(activation, q)[1] for q, _ in measured)
+            if abs(len(measured) * _slope_moments(activation, q)[1] - spread) > 0.1 * (spread + gaussian):
+                bins = {int(math.log(q / measured[0][0], 4)) for q, _ in measured}
+                groups = [[m for m in measured if int(math.log(m[0] / measured[0][0], 4)) == k] for k in bins]
+        for group in groups:
+            q = _common_q(activation, [q for q, _ in group])
             for _, i in group:
-                pooled[i] = replace(layers[i], q=mean)
+                pooled[i] = replace(layers[i], q=q)
     return tuple(pooled)
+
+
+def _common_q(activation: Activation, measured: list[float]) -> float:
+    """The q whose log E phi'^2 is the mean of that of the measured ones."""
+    slopes = {q: _slope_moments(activation, q)[0] for q in measured}
+    mean = math.fsum(slopes[q] for q in measured) / len(measured)
+    low, high = math.log(min(slopes, key=slopes.__getitem__)), math.log(max(slopes, key=slopes.__getitem__))
+    for _ in range(30):
+        middle = (low + high) / 2
+        below = _slope_moments(activation, math.exp(middle))[0] < mean
+        low, high = (middle, high) if below else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def _slope_moments(activation: Activation, q: float) -> tuple[float, float]:
+    """(log E phi'^2, E phi'^4 / (E phi'^2)^2 - 1)."""
+    nodes, weights = gaussian_rule(q, activation.kinks)
+    squares = np.asarray(activation.derivative(nodes)) ** 2
+    first = max(float(weights @ squares), 1e-300)
+    return math.log(first), float(weights @ squares**2) / first**2 - 1
 
 
 def _output_number(graph: ForwardGraph, module: nn.Module, name: str) -> int:
@@ -267,9 +283,7 @@ def _output_number(graph: ForwardGraph, module: nn.Module, name: str) -> int:
             raise ValueError(f"{name!r}: module {plain!r} is called {len(numbers)} times")
         return numbers[int(call) - 1 if call else 0]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
-    raise ValueError(
-        f"no module is called {name!r}; nearest: {', '.join(map(repr, near)) or 'there are none'}"
-    )
+    raise ValueError(f"no module is called {name!r}; nearest: {', '.join(map(repr, near)) or 'there are none'}")
 
 
 def _names(graph: ForwardGraph) -> dict[int, str]:
@@ -289,9 +303,7 @@ def _is_orthogonal(use: WeightUse) -> bool:
         centre = tuple(k // 2 for k in weight.shape[2:])
         index: tuple[slice | int, ...] = (slice(None), slice(None), *centre)
         tap = weight[index]
-        if use.groups > 1 or float(weight.square().sum() - tap.square().sum()) > 1e-6 * float(
-            tap.square().sum()
-        ):
+        if use.groups > 1 or float(weight.square().sum() - tap.square().sum()) > 1e-6 * float(tap.square().sum()):
             return False
         weight = tap
     if weight.shape[0] > weight.shape[1]:
@@ -301,48 +313,6 @@ def _is_orthogonal(use: WeightUse) -> bool:
     image = weight @ (weight.T @ probes)
     scale = float((image * probes).sum() / probes.square().sum())
     return scale > 0 and float((image - scale * probes).norm()) < 1e-3 * scale * float(probes.norm())
-
-
-# --- activations
-# ----------------------------------------------------------------------------------------------------
-
-
-def from_torch(function: Callable[[Tensor], Tensor], name: str | None = None) -> Activation:
-    """Wrap an elementwise torch function; value and derivative in float64, the derivative by autograd.
-
-    A function that equals one that theory knows by name becomes that one, with its closed forms.
-    """
-
-    def value(h: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            out = function(torch.tensor(np.asarray(h, dtype=np.float64)))
-        return np.asarray(out.numpy(), dtype=np.float64)
-
-    def derivative(h: np.ndarray) -> np.ndarray:
-        with torch.enable_grad():
-            t = torch.tensor(np.asarray(h, dtype=np.float64), requires_grad=True)
-            (slope,) = torch.autograd.grad(function(t).sum(), t)
-        return np.asarray(slope.numpy(), dtype=np.float64)
-
-    here = value(_GRID)
-    for known, there in _known_values().items():
-        if np.allclose(here, there, rtol=1e-9, atol=1e-11):
-            return as_activation(known)
-    numeric = as_activation(value)  # checks it, finds the kinks
-    label = name or str(getattr(function, "__name__", type(function).__name__))
-    try:
-        slopes = derivative(_GRID)
-    except RuntimeError:
-        return Activation(label, value, numeric.derivative, numeric.kinks)
-    away = np.abs(_GRID[:, None] - np.array([*numeric.kinks, np.inf])).min(axis=1) > 1e-3
-    if not np.allclose(slopes[away], numeric.derivative(_GRID)[away], rtol=1e-4, atol=1e-4):
-        label += ", its own backward"
-    return Activation(label, value, derivative, numeric.kinks)
-
-
-@cache
-def _known_values() -> dict[str, np.ndarray]:
-    return {name: as_activation(name).value(_GRID) for name in activation_names()}
 
 
 _seen: dict[bytes, Activation] = {}
@@ -361,20 +331,3 @@ def _activation_of(before: Stretch) -> tuple[Stretch, Activation | None]:
             return Stretch(before.source, None, (*before.problems, str(error)), before.notes), None
     activation = _seen[key]
     return before, None if activation.name == "linear" else activation
-
-
-@as_activation.register
-def _(activation: nn.Module) -> Activation:
-    # A copy: the measured network keeps its type and its mode.
-    return from_torch(copy.deepcopy(activation).double().eval(), type(activation).__name__)
-
-
-@as_activation.register
-def _(activation: BuiltinFunctionType) -> Activation:
-    return (
-        from_torch(activation) if (activation.__module__ or "").startswith("torch") else _by_trial(activation)
-    )
-
-
-def _by_trial(function: Callable[..., Any]) -> Activation:
-    return as_activation.dispatch(object)(function)

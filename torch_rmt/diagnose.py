@@ -18,14 +18,12 @@ from torch_rmt.init import LayerSignal, chi_per_layer, gradient_ratio, signals
 from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import Combination, Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
 from torch_rmt.spectra import SLQ, Spectrum, exact
-from torch_rmt.theory import Prediction, jacobian_spectrum
+from torch_rmt.theory import jacobian_spectrum
 
 WHAT = ("jacobian", "hessian", "gauss_newton", "fisher")
 _DENSE = 512  # up to this size a dense decomposition costs less than an estimate
 _DEPTH = 48  # Lanczos steps
-_SAMPLES = (
-    20_000  # probes times dimension: sqrt(2 / (dim probes)) is then below the resolution of so many steps
-)
+_SAMPLES = 20_000  # probes times dimension: sqrt(2 / (dim probes)) is then below the resolution of so many steps
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,7 @@ class Diagnosis:
 
     def scalars(self) -> dict[str, float]:
         """All reports' numbers, keyed by report, and those of the gradients."""
-        out = {
-            f"{report.name}/{key}": value
-            for report in self.reports
-            for key, value in report.scalars().items()
-        }
+        out = {f"{report.name}/{key}": value for report in self.reports for key, value in report.scalars().items()}
         out |= {"chi": self.chi, "gradient_ratio": self.gradient_ratio}
         return {key: value for key, value in out.items() if math.isfinite(value)}
 
@@ -180,18 +174,15 @@ def jacobian_report(
         source, target = default_ends(model, sample)
     spectrum = measure(Jacobian(model, sample, source, target), seed)
     facts: dict[str, float] = {}
-    prediction: Prediction | None = None
-    reason = ""
     try:
         architecture = describe_between(model, sample, source, target)
         facts["depth"] = depth = float(sum(isinstance(layer.ensemble, str) for layer in architecture.layers))
         mean = spectrum.moment(1)[0]
         if mean > 0:
             facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
-        prediction = jacobian_spectrum(architecture)
-    except ValueError as error:
-        reason = str(error)
-    return compare(spectrum, prediction, name=name, facts=facts, reason=reason)
+        return compare(spectrum, jacobian_spectrum(architecture), name=name, facts=facts)
+    except (ValueError, ArithmeticError) as error:
+        return compare(spectrum, None, name=name, facts=facts, reason=str(error))
 
 
 def hessian_report(

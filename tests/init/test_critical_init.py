@@ -89,6 +89,15 @@ def test_q_star_can_be_chosen() -> None:
     assert report.layers[3].sigma_w == pytest.approx(slope**-0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("activation", [nn.ELU, nn.SELU])
+def test_activations_without_a_stable_point_ask_for_a_q_star(activation: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="q_star"):
+        critical_init_(mlp(activation, 6), torch.randn(32, 64))
+    report = critical_init_(mlp(activation, 6, 128), torch.randn(32, 64), q_star=0.5)
+    assert abs(report.chi_after - 1) < 3 * chi_noise(6, 128)
+
+
 @pytest.mark.parametrize("depth", [10, 100])
 def test_isometry_q_bounds_the_spread_of_the_jacobian(depth: int) -> None:
     """At q*(depth) squared singular values of orthogonal networks spread by a variance of 1/4 at any depth."""

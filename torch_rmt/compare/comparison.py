@@ -110,10 +110,15 @@ def noise_floor(spectrum: Spectrum, prediction: Prediction, *, shape: bool = Fal
         binomial = max((m * (1 - m) for _, m in prediction.measure.atoms()), default=0.0)
         width = _RIGID / spectrum.dim + math.sqrt(max(binomial, 0.0) / spectrum.dim)
     nodes, _ = points(spectrum)
-    probe = _SUP_OVER_MIDDLE * float(spectrum.cdf_standard_error(nodes).max())
+    probe = probe_noise(spectrum)
     # A uniform error on [-w/2, w/2] has standard deviation w / sqrt(12) and supremum w / 2.
     step = math.sqrt(3.0) * float(spectrum.cdf_resolution(nodes).max())
     return float(np.hypot(width, probe) + max(step, 0.5 / spectrum.dim))
+
+
+def probe_noise(spectrum: Spectrum) -> float:
+    """Kolmogorov distance that the sampling of probes gives; zero for an exact spectrum."""
+    return _SUP_OVER_MIDDLE * float(spectrum.cdf_standard_error(points(spectrum)[0]).max())
 
 
 def _moved(table: Tabulated, noise: float, dim: int) -> float:

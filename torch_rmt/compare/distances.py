@@ -44,7 +44,7 @@ class Tabulated:
         self.atoms = law.atoms()
         self.windows = atom_windows(law, zero)
         self.x = np.unique(np.concatenate([_grid(law), nodes, self.windows.ravel()]))
-        self.right = np.asarray(law.cdf(self.x), dtype=np.float64)
+        self.right = _cdf(law, self.x)
         self.left = self.right.copy()
         for location, mass in self.atoms:
             self.left[self.x == location] -= mass
@@ -88,6 +88,16 @@ class Tabulated:
         return middle, mass
 
 
+def _cdf(law: SpectralMeasure, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Distribution function at ascending points, 0 and 1 outside the law's bounds; a solver that failed is caught."""
+    low, high = law.bounds()
+    values = np.asarray(law.cdf(x), dtype=np.float64)
+    values = np.where(x < low, 0.0, np.where(x >= high, 1.0, values))
+    if not np.isfinite(values).all() or (np.diff(values) < -1e-4).any():
+        raise ArithmeticError(f"the distribution function of {law!r} is not finite or falls: its solver failed")
+    return values
+
+
 def _grid(law: SpectralMeasure) -> Float[np.ndarray, " n"]:
     pieces = [np.array([location for location, _ in law.atoms()], dtype=np.float64)]
     intervals = law.support()
@@ -126,7 +136,7 @@ def kolmogorov(
     """
     windows = atom_windows(law, zero)
     x = np.unique(np.concatenate([nodes, windows.ravel(), [location for location, _ in law.atoms()]]))
-    right = np.asarray(law.cdf(x), dtype=np.float64)
+    right = _cdf(law, x)
     left = right.copy()
     for location, mass in law.atoms():
         left[x == location] -= mass

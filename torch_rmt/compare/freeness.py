@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from torch_rmt.compare.comparison import compare
+import numpy as np
+
+from torch_rmt.compare.comparison import compare, probe_noise
+from torch_rmt.compare.distances import points
 from torch_rmt.compare.report import Report
-from torch_rmt.measures import free_add, free_mul
+from torch_rmt.measures import Discrete, free_add, free_mul
 from torch_rmt.spectra import Spectrum
 from torch_rmt.theory import Prediction
+
+# Kolmogorov distance times dimension of drawn A + O B O^T, at dimensions 60 to 200: below 3. Found by simulation.
+_RIGID = 2.0
+_ATOMS = 128  # of a part's law: the convolution's cost grows with them, its error is below 1 / _ATOMS
 
 
 def freeness_gap(
@@ -41,7 +49,7 @@ def freeness_gap(
     """
     if len(parts) < 2:
         raise ValueError(f"a whole has at least two parts, got {len(parts)}")
-    laws = [part.measure() for part in parts]
+    laws = [coarse(part) for part in parts]
     if kind == "product" and any(law.bounds()[0] < 0 for law in laws):
         raise ValueError("a product takes the law of A^T A for each part, which has no negative eigenvalue")
     law = free_add(*laws) if kind == "sum" else free_mul(*laws)
@@ -50,9 +58,29 @@ def freeness_gap(
         scalars={"parts": float(len(parts))},
         assumptions=("the measured parts are free of each other",),
         reference="Pennington and Bahri 2017, section 4" if kind == "sum" else "Collins and Hayase 2023",
-        finite_size_error=None,
+        finite_size_error=math.hypot(_RIGID / whole.dim, *(probe_noise(part) for part in parts)),
     )
     report = compare(whole, prediction, name=name, facts=facts)
     if report.agrees:
         return replace(report, verdict=report.verdict.replace("As predicted", "The parts are free of each other", 1))
     return replace(report, verdict="The parts are aligned. " + report.verdict)
+
+
+def coarse(spectrum: Spectrum) -> Discrete:
+    """The measured law with neighbours merged into their mean, at most some 2 * 128 atoms; the mean stays exact.
+
+    Neighbours merge while their share of the mass and of the range stay below 1/128, so that outliers stay apart.
+    """
+    nodes, weights = points(spectrum)
+    if nodes.size <= 2 * _ATOMS:
+        return Discrete(nodes, weights)
+    reach = (nodes[-1] - nodes[0]) / _ATOMS
+    starts = [0]
+    mass = weights[0]
+    for i in range(1, nodes.size):
+        if mass + weights[i] > 1 / _ATOMS or nodes[i] - nodes[starts[-1]] > reach:
+            starts.append(i)
+            mass = 0.0
+        mass += weights[i]
+    total = np.add.reduceat(weights, starts)
+    return Discrete(np.add.reduceat(weights * nodes, starts) / total, total / total.sum())

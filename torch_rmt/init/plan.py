@@ -111,7 +111,9 @@ def _point(activation: Activation, depth: int, sigma_b: float | None, q_star: fl
         if sigma_b is None:
             return critical_point(activation, q_star=q)
         return CriticalPoint(point.sigma_w, sigma_b, q, point.chi, point.slope_q, point.kind)
-    if point.kind == "none" or not math.isfinite(point.sigma_w):
+    usable = math.isfinite(point.sigma_w) and math.isfinite(point.sigma_b) and math.isfinite(point.q_star)
+    # A q* that was asked for may be one that signals leave again, slowly (ELU, SELU): that is the caller's choice.
+    if not usable or (point.kind == "none" and q_star is None):
         raise ValueError(f"no critical initialisation for {activation.name}: {point.advice}")
     return point
 
