@@ -181,7 +181,7 @@ def _steps(
 ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     """Mass of the law in the bars' own bins, as a staircase: for a law in very many pieces."""
     share = np.diff(np.asarray(law.cdf(axis.value(edges)), dtype=np.float64)) / np.diff(edges)
-    """Mass of the law in the bars' own bins, as a staircase."""
+    return np.repeat(edges, 2)[1:-1], np.repeat(np.maximum(share, 0.0), 2)
 
 
 def _curve(law: SpectralMeasure, axis: Axis, lowest: float) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
