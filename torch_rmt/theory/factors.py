@@ -15,7 +15,7 @@ from torch_rmt.theory.chain import Chain, Kind, Term
 from torch_rmt.theory.equal_layers import EqualLayers
 from torch_rmt.theory.jacobian_law import Solver
 from torch_rmt.theory.like_layers import representative_moments
-from torch_rmt.theory.moments import slope_moment
+from torch_rmt.theory.moments import is_scale_invariant, slope_moment
 from torch_rmt.theory.series import moments_from_s, multiply, power, s_series
 from torch_rmt.theory.slope_law import NodeLaw, slope_law
 
@@ -188,6 +188,8 @@ def collect(architecture: Architecture, moments: tuple[float, ...]) -> Factors:
             alike.setdefault(key, (layer.activation, []))[1].append(q)
     for (_, scale), (activation, qs) in alike.items():
         piecewise_linear = activation.slopes() is not None  # atoms, in closed form: nothing to gather
+        if is_scale_invariant(activation):
+            qs = [1.0] * len(qs)  # the slopes do not depend on q
         rule = _counted(qs) if piecewise_linear else representative_moments(tuple(qs))
         for q, count in rule:
             law = slope_law(activation, q, order=order)
