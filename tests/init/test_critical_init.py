@@ -90,12 +90,14 @@ def test_q_star_can_be_chosen() -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.ELU, nn.SELU])
-def test_activations_without_a_stable_point_ask_for_a_q_star(activation: type[nn.Module]) -> None:
+@pytest.mark.parametrize("q_star", [None, 0.5])
+def test_exponential_linear_units(activation: type[nn.Module], q_star: float | None) -> None:
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="q_star"):
-        critical_init_(mlp(activation, 6), torch.randn(32, 64))
-    report = critical_init_(mlp(activation, 6, 128), torch.randn(32, 64), q_star=0.5)
-    assert abs(report.chi_after - 1) < 3 * chi_noise(6, 128)
+    report = critical_init_(mlp(activation, 8, 128), torch.randn(32, 64), q_star=q_star)
+    assert abs(report.chi_after - 1) < 3 * chi_noise(8, 128)
+    assert all(0.2 < s.q / report.layers[0].q < 5 for s in report.after[:-1])
+    assert report.layers[0].q == pytest.approx(q_star or report.layers[0].q)
+    assert report.layers[0].q > 1e-3
 
 
 @pytest.mark.parametrize("depth", [10, 100])

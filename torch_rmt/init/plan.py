@@ -44,7 +44,7 @@ def isometry_q(activation: Activation, depth: int, spread: float = _SPREAD) -> f
     """The q at which `depth` layers spread the Jacobian's squared singular values by a variance of `spread`.
 
     Solves depth * (mu_2 / mu_1^2 - 1) = spread with mu_k = E phi'(sqrt(q) Z)^(2k): dynamical isometry at
-    finite depth. One if even q = 1 spreads less.
+    finite depth. One if even q = 1 spreads less, or if every q spreads more.
 
     Source: Pennington, Schoenholz and Ganguli 2018, eq. (22).
 
@@ -64,7 +64,7 @@ def isometry_q(activation: Activation, depth: int, spread: float = _SPREAD) -> f
     if excess(high) <= 0:
         return 1.0
     if excess(low) >= 0:
-        return 1e-8
+        return 1.0  # a kink at 0: small q brings nothing
     return float(np.exp(brentq(excess, low, high, xtol=1e-6)))
 
 
