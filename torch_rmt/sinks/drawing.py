@@ -119,7 +119,7 @@ def draw(report: Report, *, bins: int | None = None) -> Drawing:
 
     Args:
         report: what to draw.
-        bins: number of bars; None takes about 2 sqrt(n) of n eigenvalues, at least 12 and at most 60.
+        bins: number of bars; None takes about 2 sqrt(n) of n eigenvalues, at least 13 and at most 61.
     """
     # A single eigenvalue weighs 1/dim; what weighs a thousandth of it is rounding.
     used = report.spectrum.weights > 1e-3 / report.spectrum.dim
@@ -152,8 +152,11 @@ def draw(report: Report, *, bins: int | None = None) -> Drawing:
     low, high = (float(ends.min()), float(ends.max())) if ends.size else (-1.0, 1.0)
     margin = 0.04 * (high - low) or 0.5
     low, high = low - margin, high + margin
+    if axis.scale == "symlog":
+        # Zero in the middle of a bar: what is zero to rounding on either side belongs together.
+        low, high = -max(-low, high), max(-low, high)
     if bins is None:
-        bins = int(np.clip(2 * math.sqrt(places.size), 12, 60))
+        bins = int(np.clip(2 * math.sqrt(places.size), 12, 60)) | 1
     heights, edges = np.histogram(places, bins=bins, range=(low, high), weights=weights[shown])
     heights = heights / np.diff(edges)
     if law is not None and binned:
@@ -215,8 +218,8 @@ def _axis(nodes: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], roun
     middle = float(size[order][np.searchsorted(np.cumsum(weights[order]), 0.5 * weights.sum())])
     if largest < _LINEAR_SPAN * middle:
         return Axis("linear")
-    # The unit is a power of ten at the bulk, at most five decades below the largest eigenvalue.
-    return Axis("symlog", 10.0 ** math.floor(math.log10(max(middle, 1e-5 * largest))))
+    # The unit is a power of ten at the bulk, at most four decades below the largest eigenvalue.
+    return Axis("symlog", 10.0 ** math.floor(math.log10(max(middle, 1e-4 * largest))))
 
 
 def _round_steps(low: float, high: float) -> list[float]:
