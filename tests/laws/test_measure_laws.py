@@ -60,7 +60,9 @@ def test_mass_and_four_moments_from_the_density(named: tuple[str, SpectralMeasur
     size = max(abs(end) for end in law.bounds())
     assert integral(law, np.ones_like) == pytest.approx(1.0, abs=tolerance)
     for k in range(1, 5):
-        assert integral(law, lambda x, k=k: x**k) == pytest.approx(law.moment(k), rel=tolerance, abs=tolerance * size**k)
+        assert integral(law, lambda x, k=k: x**k) == pytest.approx(
+            law.moment(k), rel=tolerance, abs=tolerance * size**k
+        )
 
 
 def test_moments_by_contour_agree(law: SpectralMeasure) -> None:
@@ -75,7 +77,9 @@ def test_stieltjes_is_the_integral(named: tuple[str, SpectralMeasure]) -> None:
     name, law = named
     low, high = law.bounds()
     for z in (0.3 * low + 0.7 * high + 0.5j * (high - low), high + 0.2 * (high - low) + 0.1j):
-        wanted = integral(law, lambda x, z=z: (1 / (z - x)).real) + 1j * integral(law, lambda x, z=z: (1 / (z - x)).imag)
+        wanted = integral(law, lambda x, z=z: (1 / (z - x)).real) + 1j * integral(
+            law, lambda x, z=z: (1 / (z - x)).imag
+        )
         assert law.stieltjes(z) == pytest.approx(wanted, rel=1e-4 if name in KINKED else 1e-6)
 
 
@@ -100,8 +104,8 @@ def test_distribution_is_the_integral_of_the_density(named: tuple[str, SpectralM
     x = np.linspace(low - 0.1, high + 0.1, 41)
     total = law.cdf(x)
     assert np.all(np.diff(total) >= -1e-13)
-    assert total[0] == 0.0
-    assert total[-1] == 1.0
+    assert total[0] == pytest.approx(0.0, abs=1e-13)
+    assert total[-1] == pytest.approx(1.0, abs=1e-13)
     for a, b in law.support():
         inner = a + (b - a) * np.array([0.2, 0.25])
         fine = np.linspace(inner[0], inner[1], 401)
@@ -154,10 +158,11 @@ def points(law: SpectralMeasure) -> np.ndarray:
     return np.linspace(low - 0.5, high + 0.5, 7) + 0.05j
 
 
+few = settings(max_examples=5, deadline=None, derandomize=True)
 fewer = settings(max_examples=15, deadline=None, derandomize=True)
 
 
-@fewer
+@few
 @given(discrete(), discrete(), discrete())
 def test_sums_commute_and_associate(a: Discrete, b: Discrete, c: Discrete) -> None:
     flat = free_add(a, b, c)
@@ -167,7 +172,7 @@ def test_sums_commute_and_associate(a: Discrete, b: Discrete, c: Discrete) -> No
         assert np.allclose(flat.stieltjes(z), other.stieltjes(z), rtol=1e-10)
 
 
-@fewer
+@few
 @given(discrete(0.0), discrete(0.0), discrete(0.0))
 def test_products_commute_and_associate(a: Discrete, b: Discrete, c: Discrete) -> None:
     flat = free_mul(a, b, c)
@@ -177,7 +182,7 @@ def test_products_commute_and_associate(a: Discrete, b: Discrete, c: Discrete) -
         assert np.allclose(flat.stieltjes(z), other.stieltjes(z), rtol=1e-10)
 
 
-@fewer
+@few
 @given(discrete(), discrete())
 def test_r_adds_and_free_cumulants_add(a: Discrete, b: Discrete) -> None:
     both = free_add(a, b)
@@ -191,7 +196,7 @@ def test_r_adds_and_free_cumulants_add(a: Discrete, b: Discrete) -> None:
     assert np.allclose(total, contour, rtol=1e-9, atol=1e-11 * size**6)
 
 
-@fewer
+@few
 @given(discrete(0.0), discrete(0.0))
 def test_s_multiplies_and_means_multiply(a: Discrete, b: Discrete) -> None:
     both = free_mul(a, b)
@@ -237,13 +242,17 @@ def test_scaling_and_shifting(a: Discrete, factor: float, shift: float) -> None:
     moved = free_add(dilate(a, factor), dilate(b, factor), PointMass(shift))
     assert np.allclose(moved.stieltjes(factor * z + shift) * factor, free_add(a, b).stieltjes(z), rtol=1e-11)
     mirrored = free_add(dilate(a, -factor), b)
-    assert np.allclose(mirrored.stieltjes(-np.conj(z)), -np.conj(free_add(dilate(a, factor), b).stieltjes(z)), rtol=1e-11)
+    assert np.allclose(
+        mirrored.stieltjes(-np.conj(z)), -np.conj(free_add(dilate(a, factor), b).stieltjes(z)), rtol=1e-11
+    )
     positive = Discrete(np.exp(a.nodes), a.weights)
     scaled = free_mul(dilate(positive, factor), MarchenkoPastur(0.5))
-    assert np.allclose(scaled.stieltjes(factor * z) * factor, free_mul(positive, MarchenkoPastur(0.5)).stieltjes(z), rtol=1e-10)
+    assert np.allclose(
+        scaled.stieltjes(factor * z) * factor, free_mul(positive, MarchenkoPastur(0.5)).stieltjes(z), rtol=1e-10
+    )
 
 
-@fewer
+@few
 @given(discrete(0.0), st.floats(1.0, 4.0), st.floats(1.0, 3.0))
 def test_powers_compose(a: Discrete, n: float, m: float) -> None:
     z = np.geomspace(0.05, 40, 6) * np.exp(0.2j)
@@ -261,6 +270,15 @@ class Opaque(SpectralMeasure):
 
     def stieltjes(self, z: object) -> np.ndarray:
         return self.law.stieltjes(z)  # type: ignore[arg-type]
+
+    def slope(self, z: object) -> np.ndarray:
+        return self.law.slope(z)  # type: ignore[arg-type]
+
+    def stieltjes_and_slope(self, z: object) -> tuple[np.ndarray, np.ndarray]:
+        return self.law.stieltjes_and_slope(z)  # type: ignore[arg-type]
+
+    def moment(self, k: int) -> float:
+        return self.law.moment(k)
 
     def support(self) -> tuple[tuple[float, float], ...]:
         return self.law.support()
