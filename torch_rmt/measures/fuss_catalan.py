@@ -177,7 +177,9 @@ class FussCatalan(SpectralMeasure):
             ratio[index] = np.maximum(0.3, ratio[index] ** 1.5)
             ratio[todo[~good]] = np.sqrt(ratio[todo[~good]])
             todo = todo[~(good & (target <= z.imag[todo]))]
-        raise ArithmeticError(f"{self!r}: no solution near z = {z[todo[0]]}; move the point off the edge of the support")
+        raise ArithmeticError(
+            f"{self!r}: no solution near z = {z[todo[0]]}; move the point off the edge of the support"
+        )
 
     def _newton(self, kappa: np.ndarray, log_z: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Newton for (s + 1) log(1 + M) - log M = log z; returns log(1 + M) and the relative error."""

@@ -7,7 +7,7 @@ With F = 1/G and h(w) = F(w) - w = -M(w)/G(w), a sum of free variables of laws 1
 With P = (1 + M)/M, lambda = log w and k(w) = log P(w) - lambda = -log(-h(w)), a product obeys the same equations with
 (w, h, F, log z) replaced by (lambda, k, log P, log z). In both cases the right-hand side maps the upper half-plane
 (the strip 0 < Im < pi) to itself, so a solution in the interior is the only one (Denjoy-Wolff; Belinschi and
-Bercovici 2007). In rectangular products the i-th factor lives in another dimension: M_i(w_i) = Lambda_i M.
+Bercovici 2007). Arrays of coordinates and fields have one row a law, one column a point. In rectangular products the i-th factor lives in another dimension: M_i(w_i) = Lambda_i M.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Float
 
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.measures.half_plane import fold
@@ -42,7 +42,7 @@ class Factor:
         """Moments 0 to 8."""
         return np.array([self.law.moment(k) for k in range(9)])
 
-    def shift(self, w: Complex[np.ndarray, " n"]) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
+    def shift(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """h(w) = 1/G(w) - w and h'(w) on the closed upper half-plane, also far out, where the difference cancels."""
         with np.errstate(all="ignore"):
             g, slope = self.law.stieltjes_and_slope(w)
@@ -58,7 +58,7 @@ class Factor:
             h[far], dh[far] = self._far(w[far])
         return h, dh
 
-    def _far(self, w: Complex[np.ndarray, " n"]) -> tuple[Complex[np.ndarray, " n"], Complex[np.ndarray, " n"]]:
+    def _far(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         k = np.arange(1, 9)
         inverse = 1.0 / w
         terms = self.moments[1:, None] * inverse ** k[:, None]
@@ -72,7 +72,7 @@ class Geometry:
     """A sum of free variables: coordinates are the points themselves."""
 
     factors: tuple[Factor, ...]
-    counts: Float[np.ndarray, "k 1"] = field(init=False)
+    counts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "counts", np.array([[factor.count] for factor in self.factors]))
@@ -89,50 +89,48 @@ class Geometry:
         return float(sum(spread))
 
     @cached_property
-    def ceiling(self) -> Float[np.ndarray, "k 1"]:
+    def ceiling(self) -> np.ndarray:
         """Largest imaginary part of each coordinate."""
         return np.full((len(self.factors), 1), np.inf)
 
-    def floor(self, zeta: Complex[np.ndarray, " n"]) -> Float[np.ndarray, "k n"]:
+    def floor(self, zeta: np.ndarray) -> np.ndarray:
         """Smallest imaginary part that each coordinate can have."""
         return np.asarray(np.broadcast_to(np.maximum(zeta.imag, 0.0), (len(self.factors), zeta.size)))
 
-    def coordinate(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+    def coordinate(self, z: np.ndarray) -> np.ndarray:
         """The point itself."""
         return z
 
-    def point(self, w: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+    def point(self, w: np.ndarray) -> np.ndarray:
         """The point itself."""
         return w
 
-    def length(self, w: Complex[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
+    def length(self, w: np.ndarray) -> np.ndarray:
         """Unit in which errors of a coordinate are counted."""
         return np.asarray(np.maximum(np.abs(w), self._grain))
 
     @cached_property
-    def _grain(self) -> Float[np.ndarray, "k 1"]:
+    def _grain(self) -> np.ndarray:
         return np.array([[1e-3 * (f.law.bounds()[1] - f.law.bounds()[0])] for f in self.factors])
 
-    def fields(self, w: Complex[np.ndarray, "k n"]) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
+    def fields(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """h_i(w_i) and its derivative, one row a law."""
         h, dh = np.empty_like(w), np.empty_like(w)
         for i, factor in enumerate(self.factors):
             h[i], dh[i] = factor.shift(w[i])
         return h, dh
 
-    def residual(
-        self, zeta: Complex[np.ndarray, " n"], w: Complex[np.ndarray, "k n"], h: Complex[np.ndarray, "k n"]
-    ) -> tuple[Complex[np.ndarray, "k n"], Float[np.ndarray, "k n"] | Complex[np.ndarray, "k n"] | float]:
+    def residual(self, zeta: np.ndarray, w: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray | float]:
         """w_i - zeta - sum_j (n_j - [i = j]) h_j(w_j), and how the common value weighs in each row (1 here)."""
         if len(self.factors) == 2 and self.total == 2.0:  # no cancellation where one coordinate is huge
             return w - zeta - h[::-1], 1.0
         return w + h - (zeta + (self.counts * h).sum(axis=0)), 1.0
 
-    def shares(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"]:
+    def shares(self, common: np.ndarray) -> np.ndarray:
         """F_i (or log P_i) of each law, given the common value; equal to it but in rectangular products."""
         return np.asarray(np.broadcast_to(common, (len(self.factors), common.size)))
 
-    def share_slopes(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"] | float:
+    def share_slopes(self, common: np.ndarray) -> np.ndarray | float:
         """Derivative of `shares`."""
         return 1.0
 
@@ -147,34 +145,34 @@ class LogGeometry(Geometry):
         return float(np.exp(sum(f.count * np.log(f.radius) for f in self.factors)))
 
     @cached_property
-    def ceiling(self) -> Float[np.ndarray, "k 1"]:
+    def ceiling(self) -> np.ndarray:
         """Coordinates live in the strip 0 <= Im <= pi; beside a law with negative support, up to 2 pi."""
         return np.where(self._signed | ~self._signed.any(), np.pi, 2 * np.pi)
 
     @cached_property
-    def _signed(self) -> Bool[np.ndarray, "k 1"]:
+    def _signed(self) -> np.ndarray:
         return np.array([[factor.law.bounds()[0] < 0] for factor in self.factors])
 
-    def floor(self, zeta: Complex[np.ndarray, " n"]) -> Float[np.ndarray, "k n"]:
+    def floor(self, zeta: np.ndarray) -> np.ndarray:
         """arg z, but 0 for a law with negative support and in rectangular products."""
         free = self._signed | np.array([[factor.dimension != 1.0] for factor in self.factors]).any()
         return np.where(free, 0.0, super().floor(zeta))
 
-    def coordinate(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+    def coordinate(self, z: np.ndarray) -> np.ndarray:
         """Logarithm."""
         with np.errstate(all="ignore"):
             return np.asarray(np.log(z))
 
-    def point(self, w: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+    def point(self, w: np.ndarray) -> np.ndarray:
         """Exponential; exactly real for coordinates that are."""
         value = np.exp(w)
         return np.asarray(np.where(w.imag == 0, value.real, value))
 
-    def length(self, w: Complex[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
+    def length(self, w: np.ndarray) -> np.ndarray:
         """Relative errors: one."""
         return np.ones(w.shape)
 
-    def fields(self, w: Complex[np.ndarray, "k n"]) -> tuple[Complex[np.ndarray, "k n"], Complex[np.ndarray, "k n"]]:
+    def fields(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """k_i(lambda_i) = -log(-h_i) and its derivative, one row a law."""
         k, dk = np.empty_like(w), np.empty_like(w)
         for i, factor in enumerate(self.factors):
@@ -188,9 +186,7 @@ class LogGeometry(Geometry):
             k[i], dk[i] = np.where(below, np.conj(k[i]), k[i]), np.where(below, np.conj(dk[i]), dk[i])
         return k, dk
 
-    def residual(
-        self, zeta: Complex[np.ndarray, " n"], w: Complex[np.ndarray, "k n"], h: Complex[np.ndarray, "k n"]
-    ) -> tuple[Complex[np.ndarray, "k n"], Float[np.ndarray, "k n"] | Complex[np.ndarray, "k n"] | float]:
+    def residual(self, zeta: np.ndarray, w: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray | float]:
         """As for sums; a factor of another dimension obeys P_i = 1 + (P - 1)/Lambda_i."""
         base, _ = super().residual(zeta, w, h)
         if self._square:
@@ -199,19 +195,19 @@ class LogGeometry(Geometry):
         return base + common - self.shares(common), self.share_slopes(common)
 
     @cached_property
-    def _dimensions(self) -> Float[np.ndarray, "k 1"]:
+    def _dimensions(self) -> np.ndarray:
         return np.array([[factor.dimension] for factor in self.factors])
 
     @cached_property
     def _square(self) -> bool:
         return bool(np.all(self._dimensions == 1.0))
 
-    def shares(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"]:
+    def shares(self, common: np.ndarray) -> np.ndarray:
         """log P_i, P_i = 1 + (P - 1)/Lambda_i."""
         if self._square:
             return super().shares(common)
         return np.asarray(common + np.log((1.0 - (1.0 - self._dimensions) * np.exp(-common)) / self._dimensions))
 
-    def share_slopes(self, common: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, "k n"] | float:
+    def share_slopes(self, common: np.ndarray) -> np.ndarray | float:
         """d log P_i / d log P = 1 / (1 - (1 - Lambda_i)/P)."""
         return 1.0 if self._square else np.asarray(1.0 / (1.0 - (1.0 - self._dimensions) * np.exp(-common)))

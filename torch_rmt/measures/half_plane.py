@@ -7,7 +7,7 @@ from jaxtyping import Bool, Complex
 from numpy.typing import ArrayLike
 
 # NumPy writes "complex" where it means any number, which run-time checkers take literally
-Numbers = ArrayLike | complex | float | int
+Numbers = np.ndarray | complex | float | int | ArrayLike
 
 
 def fold(z: Numbers) -> tuple[Complex[np.ndarray, "..."], Bool[np.ndarray, "..."]]:
@@ -25,6 +25,6 @@ def unfold(values: Numbers, below: Bool[np.ndarray, "..."]) -> Complex[np.ndarra
     return np.asarray(np.where(below, np.conj(values), values))
 
 
-def two_cut_root(z: Complex[np.ndarray, "..."], low: float | int, high: float | int) -> Complex[np.ndarray, "..."]:
+def two_cut_root(z: np.ndarray, low: float | int, high: float | int) -> np.ndarray:
     """sqrt((z - low)(z - high)) with the cut [low, high], of order z at infinity, for z in the closed upper half-plane."""
     return np.asarray(np.sqrt(z - low) * np.sqrt(z - high))
