@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_rmt.callbacks.batches import BatchFunction, LossFunction, find_loss, find_model, split_pair
 from torch_rmt.callbacks.blame import failing_module, first_not_finite
@@ -22,6 +22,8 @@ from torch_rmt.callbacks.schedule import Schedule, logarithmic_then_regular
 from torch_rmt.compare import Report
 from torch_rmt.guard import undisturbed
 from torch_rmt.sinks import Sink
+
+_SAME_LOSS = 0.1  # mixed precision moves a loss by a few per cent, another loss by more
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class SpectralCallback(LightningCallback):
         self._last_step = -1
         self._last_batch: Any = None
         self._warned: set[str] = set()
+        self._guessed_loss: float | None = None
 
     @abstractmethod
     def measurements(self, has_loss: bool) -> Mapping[str, Measurement]:
@@ -137,6 +140,22 @@ class SpectralCallback(LightningCallback):
         self._last_batch = batch
         if step != self._last_step and self.schedule(step):
             self._measure(trainer, pl_module, batch, step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Compare the loss that was guessed with the one that `training_step` returned, once."""
+        expected, self._guessed_loss = self._guessed_loss, None
+        returned = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if expected is None or not isinstance(returned, Tensor) or returned.numel() != 1:
+            return
+        # Lightning hands over the loss divided by the batches that are accumulated.
+        actual = float(returned.detach()) * trainer.accumulate_grad_batches
+        if abs(expected - actual) > _SAME_LOSS * abs(actual):
+            self._warn(
+                trainer,
+                "loss",
+                f"measures the curvature of a loss of {expected:.4g}, but training_step returned {actual:.4g}. "
+                "Pass the loss that you train as loss=lambda output, target: ...",
+            )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure the end of training on the last batch."""
@@ -176,12 +195,14 @@ class SpectralCallback(LightningCallback):
         self._last_step = step
         model, loss = self._model(module), self._loss(module)
         with undisturbed(module), _without_logging(module):
-            module.eval()
             try:
                 point = Point(model, *self.batch(batch), loss)
             except Exception as error:
                 self._warn(trainer, "batch", f"measures nothing. {_said(error)}")
                 return
+            if self.loss is None and not self.latest and not last:
+                self._guessed_loss = _loss_at(point)
+            module.eval()
             for name, measurement in self.measurements(loss is not None).items():
                 before = self.budget.spent
                 with self.budget.charged():
@@ -262,6 +283,17 @@ def _without_logging(module: nn.Module) -> Iterator[None]:
         for owner in owners:
             for name in names:
                 owner.__dict__.pop(name, None)
+
+
+def _loss_at(point: Point) -> float | None:
+    """The loss before training does its step; it draws the same dropout masks, for the random state is restored."""
+    if point.loss is None:
+        return None
+    try:
+        with torch.no_grad():
+            return float(point.loss(point.model(point.inputs), point.targets))
+    except Exception:  # the measurement itself will say why
+        return None
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:

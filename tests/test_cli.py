@@ -56,9 +56,7 @@ def test_digits_are_real_and_split_without_overlap() -> None:
     training, test = digits(Setting(seed=3))
     assert (len(training), len(test)) == (4000, 1000)
     assert training.tensors[0].shape[1] == 784
-    both = {tuple(row) for row in training.tensors[0][:200].tolist()} & {
-        tuple(row) for row in test.tensors[0].tolist()
-    }
+    both = {tuple(row) for row in training.tensors[0][:200].tolist()} & {tuple(row) for row in test.tensors[0].tolist()}
     assert both == set()
     assert sorted(set(training.tensors[1].tolist())) == list(range(10))
 

@@ -30,9 +30,7 @@ def parser() -> argparse.ArgumentParser:
         default=Path("demo-output"),
         help="folder for logs and page (%(default)s)",
     )
-    demo.add_argument(
-        "--figure", type=Path, default=None, help="save the Jacobians at step 0 as this PNG, too"
-    )
+    demo.add_argument("--figure", type=Path, default=None, help="save the Jacobians at step 0 as this PNG, too")
     return top
 
 

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.callbacks.runs import Classifier, blobs, fit, mlp
+from tests.callbacks.runs import Classifier, blobs, fit, mlp, norm_and_dropout
 from tests.cases import CALLBACKS
 from torch_rmt.callbacks import CurvatureSpectrum, JacobianSpectrum, SpectralMonitor
 from torch_rmt.compare import Report
@@ -289,6 +289,23 @@ def test_without_a_loss_the_monitor_says_so_and_measures_the_jacobian() -> None:
     assert set(given.latest) == {"jacobian", "hessian", "fisher"}
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_a_loss_that_is_not_the_one_trained_is_noticed(weight: float, accumulate: int) -> None:
+    class Weighted(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return weight * super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    callback = CurvatureSpectrum(what=["fisher"], **SELDOM, sinks=[Keep()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Weighted(norm_and_dropout()), [callback], accumulate_grad_batches=accumulate)
+    said = messages(caught)
+    assert len(said) == (weight != 1.0)
+    assert all("training_step returned" in m and "loss=lambda output, target" in m for m in said)
+
+
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_trainer_with_nowhere_to_write_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"nowhere to write to.*sinks="):
@@ -364,7 +381,7 @@ def test_self_log_in_forward_is_silent_while_measuring(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=RuntimeWarning, message="CurvatureSpectrum")
         fit(module, [CurvatureSpectrum(what=["fisher"], **ALWAYS)], logger=CSVLogger(tmp_path))
-    assert calls.count(True) == 6
+    assert calls.count(True) == 7  # six steps, and one look at the loss
     assert calls.count(False) > 6
     assert "log" not in vars(module)
     sizes = [row["size"] for row in rows(tmp_path) if row["size"]]
