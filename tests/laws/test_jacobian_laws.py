@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import ndtri
-from tests.cases import NETWORKS
 
+from tests.cases import NETWORKS
 from torch_rmt.measures import PointMass
 from torch_rmt.theory import (
     Architecture,
@@ -79,7 +79,7 @@ def test_distance_to_drawn_matrices_falls_like_one_over_n(name: str, ensemble: s
     q, depth = 0.6, 3
     distances = []
     for n, draws in ((125, 6), (500, 3)):
-        arch = Architecture.mlp(depth=depth, width=n, activation=name, sigma_w=1.2, ensemble=ensemble, q=q)  # type: ignore[arg-type]
+        arch = Architecture.mlp(depth=depth, width=n, activation=name, sigma_w=1.2, ensemble=ensemble, q=q)
         law = jacobian_spectrum(arch).measure
         generator = torch.Generator().manual_seed(3)
         found = []
@@ -103,7 +103,8 @@ def test_drawn_networks(name: str | None, sigma_w: float, sigma_b: float, ensemb
     distances, expected = [], []
     for n, draws in ((64, 12), (256, 4)):
         arch = Architecture.mlp(
-            depth=5, width=n, activation=name, sigma_w=sigma_w, sigma_b=sigma_b, ensemble=ensemble, input_second_moment=1.0  # type: ignore[arg-type]
+            depth=5, width=n, activation=name, sigma_w=sigma_w, sigma_b=sigma_b, ensemble=ensemble,
+            input_second_moment=1.0,
         )  # fmt: skip
         prediction = jacobian_spectrum(arch)
         generator = torch.Generator().manual_seed(11)
@@ -130,9 +131,9 @@ def test_unlike_layers(shape: tuple[int, ...], ensemble: str) -> None:
     for unit, draws in ((15, 6), (60, 3)):
         tanh, hard = as_activation("tanh"), as_activation("hard_tanh")
         body = (
-            Layer(a * unit, b * unit, tanh, 1.3, 0.1, ensemble),  # type: ignore[arg-type]
-            Layer(b * unit, c * unit, hard, 1.1, 0.3, ensemble),  # type: ignore[arg-type]
-            Layer(c * unit, a * unit, None, 1.0, 0.0, ensemble),  # type: ignore[arg-type]
+            Layer(a * unit, b * unit, tanh, 1.3, 0.1, ensemble),
+            Layer(b * unit, c * unit, hard, 1.1, 0.3, ensemble),
+            Layer(c * unit, a * unit, None, 1.0, 0.0, ensemble),
         )
         arch = Architecture(body, input_second_moment=1.0)
         law = jacobian_spectrum(arch).measure
@@ -157,7 +158,7 @@ def test_a_chain_that_starts_at_a_pre_activation() -> None:
 @pytest.mark.parametrize("name", ["tanh", "relu"])
 def test_fluctuation_of_the_scale(name: str, ensemble: str) -> None:
     arch = Architecture.mlp(
-        depth=8, width=128, activation=name, sigma_w=1.4, sigma_b=0.1, ensemble=ensemble, input_second_moment=1.0  # type: ignore[arg-type]
+        depth=8, width=128, activation=name, sigma_w=1.4, sigma_b=0.1, ensemble=ensemble, input_second_moment=1.0
     )  # fmt: skip
     stated = scale_variance(arch, pre_activation_moments(arch)) ** 0.5
     generator = torch.Generator().manual_seed(1)
@@ -240,7 +241,9 @@ def test_layer_norm_chi() -> None:
     h = torch.randn(n, generator=generator, dtype=torch.float64)
     h = (h - h.mean()) / h.std(unbiased=False)
     inner = torch.from_numpy(phi.value(h.numpy())).requires_grad_()
-    z = 1.3 * draw_weights(n, n, "gaussian", generator) @ inner + 0.4 * torch.randn(n, generator=generator, dtype=torch.float64)
+    z = 1.3 * draw_weights(n, n, "gaussian", generator) @ inner + 0.4 * torch.randn(
+        n, generator=generator, dtype=torch.float64
+    )
     z = torch.nn.functional.layer_norm(z, (n,))
     up = torch.randn(n, generator=generator, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(z @ up, inner)

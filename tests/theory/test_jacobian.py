@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 
@@ -151,7 +153,7 @@ def test_stieltjes_transform(name: str) -> None:
 def test_mean_and_variance_formulas(name: str, ensemble: str) -> None:
     """theory.md: mean chi^L, variance / mean^2 = L (mu_2 / mu_1^2 - 1 - s_1) exactly, not only at criticality."""
     depth, q, sigma_w = 7, 0.6, 1.2
-    arch = Architecture.mlp(depth=depth, width=10, activation=name, sigma_w=sigma_w, ensemble=ensemble, q=q)  # type: ignore[arg-type]
+    arch = Architecture.mlp(depth=depth, width=10, activation=name, sigma_w=sigma_w, ensemble=ensemble, q=q)
     prediction = jacobian_spectrum(arch)
     chi = prediction.scalars["chi/0"]
     assert prediction.scalars["mean"] == pytest.approx(chi**depth, rel=1e-11)
@@ -160,7 +162,7 @@ def test_mean_and_variance_formulas(name: str, ensemble: str) -> None:
 
 
 def test_one_gaussian_layer_is_marchenko_pastur() -> None:
-    """W^T W, n_out x n_in, entries of variance 1 / n_in: (n_out / n_in) times Marchenko-Pastur of ratio n_in / n_out."""
+    """W^T W, n_out x n_in, entries of variance 1 / n_in: n_out / n_in times the law of ratio n_in / n_out."""
     law = jacobian_spectrum(Architecture((Layer(200, 100, None, 1.0),))).measure
     reference = MarchenkoPastur(2.0)
     x = np.linspace(0.2, 2.6, 30) * 0.5
@@ -195,7 +197,7 @@ def test_atoms() -> None:
 def test_depth_beyond_the_range_of_floats() -> None:
     law = jacobian_spectrum(Architecture.mlp(depth=8192, width=10, activation="tanh", sigma_w=1.0, q=1.0)).measure
     assert isinstance(law, JacobianLaw)
-    low, high = law.log_support()[-1]
+    high = law.log_support()[-1][1]
     assert np.isfinite(high)
     assert high < -1000
     assert law.quantile(0.5) == 0.0
@@ -203,23 +205,21 @@ def test_depth_beyond_the_range_of_floats() -> None:
 
 @pytest.mark.parametrize("name", ["tanh", "erf", "hard_tanh"])
 def test_q_for_a_target_variance(name: str) -> None:
-    for depth in (16, 256):
+    def scalars_at(depth: int) -> Mapping[str, float]:
         point = critical_q(name, depth, 0.25)
-        arch = Architecture.mlp(
-            depth=depth, width=10, activation=name, sigma_w=point.sigma_w, sigma_b=point.sigma_b, ensemble="orthogonal", q=point.q_star
-        )  # fmt: skip
-        scalars = jacobian_spectrum(arch).scalars
+        sigmas = {"sigma_w": point.sigma_w, "sigma_b": point.sigma_b}
+        arch = Architecture.mlp(depth=depth, width=10, activation=name, **sigmas, ensemble="orthogonal", q=point.q_star)
+        return jacobian_spectrum(arch).scalars
+
+    for depth in (16, 256):
+        scalars = scalars_at(depth)
         assert scalars["variance"] == pytest.approx(0.25, rel=1e-8)
         assert scalars["chi"] == pytest.approx(1.0, rel=1e-10)
     # ... and the edge tends to that of the universal law, like 1 / depth.
     limit = limit_law(name, 0.25).largest()
     gaps = []
     for depth in (100, 400, 1600):
-        point = critical_q(name, depth, 0.25)
-        arch = Architecture.mlp(
-            depth=depth, width=10, activation=name, sigma_w=point.sigma_w, sigma_b=point.sigma_b, ensemble="orthogonal", q=point.q_star
-        )  # fmt: skip
-        gaps.append(abs(jacobian_spectrum(arch).scalars["largest_eigenvalue"] - limit))
+        gaps.append(abs(scalars_at(depth)["largest_eigenvalue"] - limit))
     assert gaps[2] < gaps[1] < gaps[0]
     assert gaps[2] < 0.2
 
@@ -238,7 +238,7 @@ def test_bad_input() -> None:
         Layer(3, 3, None, -1.0)
     with pytest.raises(ValueError, match="grows without end"):
         jacobian_spectrum(Architecture.mlp(depth=2, width=10, activation="gelu", sigma_w=2.0, sigma_b=0.1))
-    with pytest.raises(ValueError, match="no mass|not on 0"):
+    with pytest.raises(ValueError, match="not on 0 alone"):
         jacobian_spectrum(Architecture((Layer(3, 3, None, 1.0, ensemble=PointMass(0.0)),)))
     with pytest.raises(ValueError, match="depth"):
         Architecture.mlp(depth=0, width=10, activation="tanh", sigma_w=1.0)

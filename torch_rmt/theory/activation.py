@@ -70,7 +70,8 @@ def as_activation(activation: object) -> Activation:
 
     if not callable(activation):
         raise TypeError(
-            f"an activation is a name such as 'tanh', an Activation or a callable on arrays, not {type(activation).__name__}."
+            "an activation is a name such as 'tanh', an Activation or a callable on arrays, "
+            f"not {type(activation).__name__}."
         )
     return from_callable(activation)
 
@@ -89,7 +90,8 @@ def _(activation: str) -> Activation:
         near = difflib.get_close_matches(key, ACTIVATIONS, n=3, cutoff=0.4)
         hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
         raise ValueError(
-            f"unknown activation {activation!r}.{hint} Known: {', '.join(ACTIVATIONS)}; any callable on arrays works too."
+            f"unknown activation {activation!r}.{hint} Known: {', '.join(ACTIVATIONS)}; "
+            "any callable on arrays works too."
         )
     return ACTIVATIONS[key]
 

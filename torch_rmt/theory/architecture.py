@@ -73,8 +73,8 @@ class Architecture:
         for before, after in zip(self.layers[:-1], self.layers[1:], strict=True):
             if before.n_out != after.n_in:
                 raise ValueError(
-                    f"layers do not fit: {before.name or 'one'} gives {before.n_out} values and {after.name or 'the next'} "
-                    f"takes {after.n_in}."
+                    f"layers do not fit: {before.name or 'one'} gives {before.n_out} values and "
+                    f"{after.name or 'the next'} takes {after.n_in}."
                 )
         moment = self.input_second_moment
         if moment is not None and not (np.isfinite(moment) and moment >= 0):
@@ -165,7 +165,7 @@ def _fixed_point(layer: Layer) -> float:
     q = mean_field(layer.activation, layer.sigma_w, layer.sigma_b).q_star
     if not np.isfinite(q):
         raise ValueError(
-            f"the signal of layer {layer.name!r} ({layer.activation.name}, sigma_w = {layer.sigma_w:g}) grows without end: give "
-            "input_second_moment or the layer's q, or a smaller sigma_w."
+            f"the signal of layer {layer.name!r} ({layer.activation.name}, sigma_w = {layer.sigma_w:g}) grows without "
+            "end: give input_second_moment or the layer's q, or a smaller sigma_w."
         )
     return q

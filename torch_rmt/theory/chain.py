@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Complex, Float
@@ -157,7 +158,8 @@ class Chain:
             # Logarithms are linear in t beyond the table.
             first = values[0] + (t - knots[0]) * (values[1] - values[0]) / (knots[1] - knots[0])
             last = values[-1] + (t - knots[-1]) * (values[-1] - values[-2]) / (knots[-1] - knots[-2])
-            return np.where(t < knots[0], first, np.where(t > knots[-1], last, np.interp(t, knots, values)))
+            inside = np.where(t > knots[-1], last, np.interp(t, knots, values))
+            return np.asarray(np.where(t < knots[0], first, inside))
 
         y = follow(y_knots.real) - 1j * np.pi
         v = np.array([follow(row.real) for row in v_knots]).reshape(len(self.kinds), len(t)) + 1j * np.pi
@@ -258,8 +260,8 @@ class Chain:
             inside &= (np.abs(m.imag) > 1e-6 * np.abs(m + self.lowest)) & (np.interp(t, knots, left) > 1e-9)
         changes = np.flatnonzero(inside[1:] != inside[:-1]) + 1
         bounds = np.concatenate([[0], changes, [len(t)]])
-        intervals = []
-        for begin, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        intervals: list[tuple[float, float, np.ndarray, np.ndarray, np.ndarray]] = []
+        for begin, stop in pairwise(bounds):
             if not inside[begin]:
                 continue
             if begin == 0 or (self.reaches_zero and not intervals):
@@ -354,7 +356,7 @@ class Chain:
             ends = np.array([at[0] - (at[1] - at[0]), at[-1] + (at[-1] - at[-2])])
             padded = np.concatenate([[2 * values[0] - values[1]], values, [2 * values[-1] - values[-2]]])
             grid = np.concatenate([[ends[0]], at, [ends[1]]])
-            return np.interp(want, grid, padded.real) + 1j * np.interp(want, grid, padded.imag)
+            return np.asarray(np.interp(want, grid, padded.real) + 1j * np.interp(want, grid, padded.imag))
 
         y, v = follow(y_knots), np.array([follow(row) for row in v_knots]).reshape(len(self.kinds), len(t))
         y = y.real + 1j * np.clip(y.imag, -np.pi + 1e-12, -1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from jaxtyping import Complex, Float
 
@@ -72,7 +74,7 @@ def _along(
     ends = [-reach, *turns, reach]
     breaks = np.unique(np.concatenate([_edges(deviation, activation.kinks), ends]))
     bends = np.array([c + side * plateau for c in turns for side in (-1, 1)])
-    middles = np.array([(a + b) / 2 for a, b in zip(turns[:-1], turns[1:], strict=True)])
+    middles = np.array([(a + b) / 2 for a, b in pairwise(turns)])
     # Towards a kink or an extremum s varies on ever smaller scales of w - s: geometric panels.
     # At a zero of phi' the law of s has a density like s^(-1/2): grade until 1e-7 of the mass is left.
     at_turns = _slope_square(activation, np.array(turns))
@@ -121,7 +123,7 @@ def _height(
 ) -> tuple[Float[np.ndarray, " nodes"], Nodes]:
     """Imaginary part of the path over x, and dh/dx: rising from each corner, level in between, signed as -ds/dh."""
     t, rate = np.zeros_like(x), np.zeros_like(x)
-    for index, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for index, (a, b) in enumerate(pairwise(ends)):
         inside = (x >= a) & (x < b)
         if not inside.any():
             continue

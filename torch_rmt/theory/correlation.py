@@ -30,8 +30,8 @@ def pair_expectation(
     shared = np.sqrt(variance * correlation)
     # g has features as wide as the inner Gaussian, around each kink and around zero.
     centres = np.array([0.0, *kinks])
-    marks = centres[:, None] + width * np.array([-6.0, -3.0, -1.5, 0.0, 1.5, 3.0, 6.0])
-    s, s_weights = gaussian_rule(float(shared**2), tuple(np.unique(marks)), order=10)
+    marks = centres[:, None] + width * np.array([-6.0, -4.2, -3.0, -2.2, -1.4, -0.7, 0.0, 0.7, 1.4, 2.2, 3.0, 4.2, 6.0])
+    s, s_weights = gaussian_rule(float(shared**2), tuple(np.unique(marks)), order=14)
     edges = _inner_edges(s, width, kinks)
     unit, unit_weights = np.polynomial.legendre.leggauss(12)
     half = np.diff(edges, axis=1)[:, :, None] / 2

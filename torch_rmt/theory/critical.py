@@ -1,4 +1,4 @@
-"""Critical initialisation: the (sigma_w, sigma_b) at which gradients neither vanish nor explode, and what kind it is."""
+"""Critical initialisation: the (sigma_w, sigma_b) at which gradients neither vanish nor explode, and its kind."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def half_stable_point(activation: object) -> CriticalPoint | None:
     phi = as_activation(activation)
     if is_scale_invariant(phi):
         return None
-    grid, V, D, P = moment_table(phi)
+    grid, _, D, P = moment_table(phi)
     values = P / np.maximum(D, 1e-300) - 1
 
     def exact(log_q: float) -> float:

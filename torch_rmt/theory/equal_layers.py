@@ -177,7 +177,7 @@ class EqualLayers:
         return float(self.evaluate(np.array([r + 0j]))[0].real[0])
 
     @cached_property
-    def tables(self) -> tuple[tuple[np.ndarray, ...], ...]:
+    def tables(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], ...]:
         """For each arc (x, t, log r, angle) along x in (0, 1), spaced so that all are smooth up to the ends."""
         return tuple(self._table(arc) for arc in self.arcs)
 
@@ -298,15 +298,15 @@ class EqualLayers:
         for k in range(1, steps + 1):
             target = log_z.real + 1j * (np.pi + (log_z.imag - np.pi) * k / steps)
             for _ in range(3 if k < steps else 8):
-                value, rate, u = self.evaluate(np.exp(log_w))
+                value, rate, _ = self.evaluate(np.exp(log_w))
                 step = (value - target) / rate
                 log_w = log_w - step * np.minimum(1.0, 0.3 / np.maximum(np.abs(step), 1e-300))
                 log_w = log_w.real + 1j * np.clip(log_w.imag, 1e-14, np.pi)
         error = np.abs(self.evaluate(np.exp(log_w))[0] - log_z)
         if not (error < 1e-7 * np.maximum(1.0, np.abs(log_z))).all():
             raise ArithmeticError(
-                f"the Stieltjes transform did not converge (residual {float(np.nanmax(error)):.1e}): ask for points nearer the "
-                "spectrum's own scale."
+                f"the Stieltjes transform did not converge (residual {float(np.nanmax(error)):.1e}): ask for points "
+                "nearer the spectrum's own scale."
             )
         return np.exp(log_w), self.evaluate(np.exp(log_w))[2]
 
@@ -321,7 +321,7 @@ class EqualLayers:
         for _ in range(6):
             value, rate = self._on_negative(log_r)
             log_r = log_r - (value - t) / rate
-        return log_r
+        return np.asarray(log_r)
 
     def _on_negative(self, log_r: Reals) -> tuple[Reals, Reals]:
         t, rate, _ = self.evaluate(-np.exp(log_r) + 0j)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -203,7 +204,7 @@ def collect(architecture: Architecture, moments: tuple[float, ...]) -> Factors:
 
 def _counted(moments: list[float]) -> tuple[tuple[float, float], ...]:
     """Each value with its number of occurrences."""
-    return tuple((q, float(moments.count(q))) for q in dict.fromkeys(moments))
+    return tuple((q, float(count)) for q, count in Counter(moments).items())
 
 
 def measured_law(measure: SpectralMeasure) -> NodeLaw:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 from scipy.special import ndtri
 
 from torch_rmt.measures.base import SpectralMeasure
+from torch_rmt.theory.activation import Activation
 from torch_rmt.theory.architecture import Architecture
 from torch_rmt.theory.gaussian import gaussian_rule
 from torch_rmt.theory.jacobian_law import JacobianLaw
@@ -81,40 +85,59 @@ def _response(architecture: Architecture, moments: tuple[float, ...], measure: J
     starts = np.atleast_2d(w)[:, found] if w.size else np.empty((0, int(found.sum())), dtype=np.complex128)
     first = architecture.layers[0].n_in
     variance, following, gain_after = np.zeros(m.shape), np.zeros(m.shape), 0.0
-    known: dict[tuple[int, int, int], np.ndarray] = {}
+    known: dict[tuple[int, int, int], _Units] = {}
     for layer, q in zip(reversed(architecture.layers), reversed(moments), strict=True):
         later = following * gain_after
         if layer.activation is None or q <= 0:
             own = 2.0 * (later * q) ** 2 if layer.ensemble == "gaussian" else np.zeros(m.shape)
-            variance, following = variance + own / layer.n_out, later
+            following = later
         else:
-            h, weights = gaussian_rule(q, layer.activation.kinks, order=8)
-            s = np.asarray(layer.activation.derivative(h)) ** 2
-            # An estimate: layers whose q agree to five per cent share their w.
+            # An estimate: layers whose q agree to five per cent share their units.
             key = id(layer.activation), layer.n_out, round(20 * float(np.log(q)))
             if key not in known:
-                known[key] = _subordinate(s, weights, first / layer.n_out * m, starts)
-            place = known[key]
-            share = layer.n_out / first * np.angle(1.0 - s / place[:, None]) / np.pi
-            square = np.asarray(layer.activation.value(h)) ** 2
-            mixed = share + later[:, None] * square
-            mixed = mixed - (mixed @ weights)[:, None]
-            own = mixed**2 @ weights
-            radial = h**2 / q - 1.0
+                known[key] = _units(layer.activation, q, layer.n_out / first, m, starts)
+            units = known[key]
+            own = units.share_share + 2.0 * later * units.share_square + later**2 * units.square_square
             if layer.ensemble == "orthogonal":
-                own = own - (mixed @ (weights * radial)) ** 2 / 2.0
-            variance = variance + own / layer.n_out
+                own = own - (units.share_radial + later * units.square_radial) ** 2 / 2.0
             # d/dq E f(h) = E[(h^2 / q - 1) f] / 2q.
-            by_q = weights * radial / (2.0 * q)
-            following = share @ by_q + later * float(square @ by_q)
+            following = (units.share_radial + later * units.square_radial) / (2.0 * q)
+        variance = variance + own / layer.n_out
         gain_after = float(layer.sigma_w) ** 2 if isinstance(layer.ensemble, str) else layer.ensemble.mean
     return variance
 
 
-def _subordinate(
-    s: np.ndarray, weights: np.ndarray, u: np.ndarray, starts: np.ndarray
-) -> np.ndarray:
-    """w in the upper half-plane with E[s / (w - s)] = u, by Newton in log w from several starts; the best one counts."""
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """Covariances over one unit of its share in F(t), of phi^2 and of h^2 / q; the first has one value for each t."""
+
+    share_share: np.ndarray
+    share_square: np.ndarray
+    share_radial: np.ndarray
+    square_square: float
+    square_radial: float
+
+
+def _units(activation: Activation, q: float, width: float, m: np.ndarray, starts: np.ndarray) -> _Units:
+    h, weights = gaussian_rule(q, activation.kinks, order=8)
+    s = np.asarray(activation.derivative(h)) ** 2
+    place = _subordinate(s, weights, m / width, starts)
+    share = width * np.angle(1.0 - s / place[:, None]) / np.pi
+    share = share - (share @ weights)[:, None]
+    square = np.asarray(activation.value(h)) ** 2
+    square = square - float(weights @ square)
+    radial = h**2 / q - 1.0
+    return _Units(
+        share**2 @ weights,
+        share @ (weights * square),
+        share @ (weights * radial),
+        float(weights @ square**2),
+        float(weights @ (square * radial)),
+    )
+
+
+def _subordinate(s: np.ndarray, weights: np.ndarray, u: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """w in the upper half-plane with E[s / (w - s)] = u, by Newton from several starts; the best one counts."""
     mean = float(weights @ s)
     p = float(weights @ (s > 1e-12 * s.max()))
     # {0, s}: the exact answer for two values, a fair start for others.
@@ -143,13 +166,15 @@ def _rank_deviation(architecture: Architecture, moments: tuple[float, ...]) -> f
     """Expected deviation of the rank over n_0: the least of the layers' numbers of live units."""
     first = architecture.layers[0].n_in
     live, spread = [], []
+    known: dict[tuple[int, float], float] = {}
     for layer, q in zip(architecture.layers, moments, strict=True):
-        slopes = None if layer.activation is None else layer.activation.slopes()
-        if slopes is None or 0.0 not in slopes or q <= 0:
+        if layer.activation is None or q <= 0 or not _has_dead_units(layer.activation):
             continue
-        assert layer.activation is not None
-        h, weights = gaussian_rule(q, layer.activation.kinks)
-        p = float(weights @ (np.asarray(layer.activation.derivative(h)) != 0))
+        key = id(layer.activation), q
+        if key not in known:
+            h, weights = gaussian_rule(q, layer.activation.kinks)
+            known[key] = float(weights @ (np.asarray(layer.activation.derivative(h)) != 0))
+        p = known[key]
         live.append(p * layer.n_out / first)
         spread.append(np.sqrt(p * (1 - p) * layer.n_out) / first)
     if not live:
@@ -161,3 +186,9 @@ def _rank_deviation(architecture: Architecture, moments: tuple[float, ...]) -> f
     # Least of k normal deviations: the mean of its absolute value is about the median for k > 1.
     k = len(near)
     return float(np.mean(near)) * (0.8 if k == 1 else float(-ndtri(1 - 0.5 ** (1 / k))))
+
+
+@lru_cache(maxsize=256)
+def _has_dead_units(activation: Activation) -> bool:
+    slopes = activation.slopes()
+    return slopes is not None and 0.0 in slopes

@@ -100,8 +100,8 @@ def gaussian_expectation(
             total, size, tail = _integrate(function, deviation, _edges(deviation, kinks, _FARTHEST))
             if tail > 1e-10 * size:
                 raise ValueError(
-                    f"E f(sqrt(q) Z) diverges or cannot be represented at q = {variance:g}: the function grows faster than "
-                    "the Gaussian decays. Use a smaller variance or an activation that grows at most polynomially."
+                    f"E f(sqrt(q) Z) diverges or cannot be represented at q = {variance:g}: the function grows faster "
+                    "than the Gaussian decays. Use a smaller variance or an activation that grows at most polynomially."
                 )
     return total
 
@@ -136,8 +136,8 @@ def _integrate(
         terms = np.where(density > 0, values * density, 0.0) * (half * unit_weights)
         if not np.isfinite(terms).all():
             raise ValueError(
-                f"the function is not finite, or E f(sqrt(q) Z) diverges, at q = {deviation**2:g}: check the activation at "
-                "large inputs, or use a smaller variance."
+                f"the function is not finite, or E f(sqrt(q) Z) diverges, at q = {deviation**2:g}: check the "
+                "activation at large inputs, or use a smaller variance."
             )
         return terms.sum(axis=1), np.abs(terms).sum(axis=1)
 

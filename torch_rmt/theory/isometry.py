@@ -59,14 +59,14 @@ def critical_q(activation: object, depth: int, variance: Number, *, ensemble: st
     target = variance / depth - (1.0 if ensemble == "gaussian" else 0.0)
     if target <= 0:
         raise ValueError(
-            f"Gaussian weights alone give the variance {depth} at depth {depth}: use orthogonal weights, or ask for more."
+            f"Gaussian weights alone give the variance {depth} at depth {depth}: use orthogonal ones, or ask for more."
         )
     logs = np.linspace(np.log(1e-12), np.log(1e6), 73)
     values = np.array([slope_variance(phi, float(np.exp(x))) - target for x in logs])
     found = np.flatnonzero((values[:-1] < 0) & (values[1:] >= 0))
     if found.size == 0:
         raise ValueError(
-            f"no q gives {phi.name} the variance {variance:g} at depth {depth}: a layer's share ranges over "
+            f"no q gives {phi.name} the variance {variance:g} at depth {depth}: a layer's share spans "
             f"[{values.min() + target:.3g}, {values.max() + target:.3g}], and {target:.3g} is needed."
         )
     low, high = logs[found[0]], logs[found[0] + 1]
@@ -140,9 +140,7 @@ class LimitLaw:
             ValueError: the Bernoulli class, which is known here by its edge and its atom.
         """
         if self.kind != "smooth":
-            raise ValueError(
-                "only the smooth class has its measure here; the Bernoulli class has atom() and largest()."
-            )
+            raise ValueError("only the smooth class has its measure here; Bernoulli has atom() and largest().")
         return smooth_limit(self.variance)
 
     def atom(self) -> tuple[float, float] | None:
@@ -196,7 +194,7 @@ def shifted_relu(shift: Number) -> Activation:
 
 
 def smoothed_relu(width: Number) -> Activation:
-    """E max(h + width Z, 0): ReLU smoothed by a Gaussian, h Phi(h / w) + w gauss(h / w); of the smooth class when shifted.
+    """E max(h + width Z, 0): ReLU smoothed by a Gaussian, h Phi(h / w) + w gauss(h / w).
 
     Example:
         >>> round(float(smoothed_relu(1.0).value(np.array(0.0))), 6)

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Complex, Float
 
-
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.half_plane import Numbers
 from torch_rmt.theory.activation import Array

@@ -1,4 +1,4 @@
-"""Mean field of a wide random network: fixed points of the length and correlation maps, and how fast they are reached."""
+"""Mean field of a wide random network: fixed points of the length and correlation maps, and depth scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gaussian moments of an activation that signal propagation is made of, as functions of the pre-activation variance q."""
+"""Gaussian moments of an activation, as functions of the pre-activation variance q."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def moment_table(
             value, slope = activation.value(h), activation.derivative(h)
             rows.append((weights @ value**2, weights @ slope**2, weights @ (h * value * slope) / q))
     table = np.array(rows)
-    finite = np.isfinite(table).all(axis=1)
+    finite = np.asarray(np.isfinite(table).all(axis=1))
     if not finite[grid <= 1.0].all():
         raise ValueError(
-            f"the Gaussian moments of activation {activation.name!r} diverge: it grows too fast for a mean-field theory."
+            f"the Gaussian moments of activation {activation.name!r} diverge: it grows too fast for mean-field theory."
         )
     return grid[finite], table[finite, 0], table[finite, 1], table[finite, 2]
 

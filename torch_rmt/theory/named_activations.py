@@ -8,7 +8,6 @@ from scipy.special import erf, erfc, expit, ndtr
 
 from torch_rmt.theory.activation import Activation, Array, leaky_relu
 
-
 Points = Inexact[np.ndarray, "..."]
 
 # Klambauer et al. 2017, as torch.nn.SELU.

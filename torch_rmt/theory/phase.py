@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-
 from torch_rmt.measures.half_plane import Numbers
 from torch_rmt.theory.activation import as_activation
 from torch_rmt.theory.critical import CriticalPoint, critical_point

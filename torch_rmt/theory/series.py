@@ -13,7 +13,7 @@ Other = Float[np.ndarray, " others"]  # a series of another length
 
 def multiply(a: Series, b: Series) -> Series:
     """Product of two power series, truncated to the length of the first."""
-    return np.convolve(a, b)[: len(a)]
+    return np.asarray(np.convolve(a, b)[: len(a)])
 
 
 def power(a: Series, exponent: float | int) -> Series:
@@ -43,7 +43,7 @@ def s_series(moments: Sequence[float] | Series) -> Other:
     inverse = revert(shifted)
     # S(u) = (1 + u) / u * inverse(u).
     over_u = inverse[1:]
-    return over_u + np.append(0.0, over_u[:-1])
+    return np.asarray(over_u + np.append(0.0, over_u[:-1]))
 
 
 def moments_from_s(s: Series) -> Other:

@@ -12,7 +12,6 @@ from torch_rmt.theory.activation import Activation
 from torch_rmt.theory.contour import contour, corners
 from torch_rmt.theory.gaussian import gaussian_rule
 
-
 Points = Complex[np.ndarray, " points"]
 
 
