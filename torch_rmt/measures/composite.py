@@ -159,7 +159,7 @@ class Mixture(SpectralMeasure):
         if not np.all(np.isfinite(share)) or np.any(share < 0) or share.sum() <= 0:
             raise ValueError("a mixture needs finite weights >= 0 with a positive sum: a law has no negative mass")
         kept = np.flatnonzero(share > 0)
-        self.parts = tuple(parts[i] for i in kept)
+        self.parts: tuple[SpectralMeasure, ...] = tuple(parts[i] for i in kept.tolist())
         self.weights: Float[np.ndarray, " n"] = share[kept] / share.sum()
 
     def __repr__(self) -> str:

@@ -305,7 +305,7 @@ class FreeProduct(FreeConvolution):
         return tuple(sorted(found))
 
     def atoms(self) -> tuple[Atom, ...]:
-        """At 0 the largest of the factors' masses; elsewhere products of atoms, mass 1 - sum of n_i (1 - m_i) if positive.
+        """At 0 the largest of the factors' masses; elsewhere products of atoms, mass 1 - sum of n_i (1 - m_i) if > 0.
 
         Source: Belinschi 2003; Bercovici and Voiculescu 1998.
         """

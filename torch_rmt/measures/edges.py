@@ -46,9 +46,17 @@ class Convolved(Protocol):
     geometry: Geometry
 
     @property
-    def hull(self) -> tuple[float, float]: ...
-    def evaluate(self, x: np.ndarray, known: Points | None = None) -> Points: ...
-    def atoms(self) -> tuple[tuple[float, float], ...]: ...
+    def hull(self) -> tuple[float, float]:
+        """An interval that holds all the mass."""
+        ...
+
+    def evaluate(self, x: np.ndarray, known: Points | None = None) -> Points:
+        """All that is known at points of the axis."""
+        ...
+
+    def atoms(self) -> tuple[tuple[float, float], ...]:
+        """Point masses."""
+        ...
 
 
 def _middle(low: np.ndarray, high: np.ndarray, log: bool) -> np.ndarray:
@@ -179,8 +187,8 @@ def branch_points(
 ) -> Float[np.ndarray, " n"]:
     """Edges by the secant rule on dz/dF = 0, F = 1/G (or log P) real, from two points outside the support each.
 
-    Along real F the point z is smooth, with a double point at the edge: no root is lost to rounding there. NaN where the
-    points are not outside or the rule does not settle.
+    Along real F the point z is smooth, with a double point at the edge: no root is lost to rounding there. NaN where
+    the points are not outside or the rule does not settle.
     """
     geometry = measure.geometry
     start = measure.evaluate(np.unique(np.concatenate([near, far])), mesh)

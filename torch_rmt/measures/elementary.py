@@ -80,7 +80,9 @@ class Uniform(SpectralMeasure):
 
 
 class QuarterCircle(SpectralMeasure):
-    """Singular values of a square Gaussian matrix: density 4 sqrt(r^2 - x^2) / (pi r^2) on [0, r]; r = 2 for unit variance.
+    """Singular values of a square Gaussian matrix: density 4 sqrt(r^2 - x^2) / (pi r^2), 0 < x < r.
+
+    The radius is 2 for unit variance.
 
     >>> round(QuarterCircle().moment(2), 12)
     1.0

@@ -179,12 +179,12 @@ def free_compress(measure: SpectralMeasure, fraction: float | int) -> SpectralMe
 def rectangular_product(laws: Sequence[SpectralMeasure], widths: Sequence[int | float]) -> SpectralMeasure:
     """Law of J^T J for J = A_L ... A_1 with free rectangular factors, in the dimension of the input.
 
-    `laws[l]` is the law of A_(l+1)^T A_(l+1), a matrix of the dimension of its own input, `widths[l]`; `widths[-1]` is the
-    dimension of the output. All factors are solved for at once: M_l(w_l) = (n_0 / n_(l-1)) M(z).
+    `laws[l]` is the law of A_(l+1)^T A_(l+1), a matrix of the dimension of its own input, `widths[l]`; `widths[-1]` is
+    the dimension of the output. All factors are solved for at once: M_l(w_l) = (n_0 / n_(l-1)) M(z).
     Source: Benaych-Georges 2009; Pennington, Schoenholz and Ganguli 2018.
 
     Raises:
-        ValueError: if there is not one width more than laws, a width is not positive, a law reaches below zero, or a law's
+        ValueError: if there is not one width more than laws, a width is not positive, a law reaches below zero, or its
             atom at 0 is smaller than its shape forces (a factor to a narrower layer has a kernel).
 
     >>> from torch_rmt.measures.classical import MarchenkoPastur

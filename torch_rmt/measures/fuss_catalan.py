@@ -1,4 +1,4 @@
-"""Fuss-Catalan laws: squared singular values of a product of square Gaussian matrices, for any real number of factors."""
+"""Fuss-Catalan laws: squared singular values of products of square Gaussian matrices, of any real order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _TABLE = 2000  # starting values of the inversion x -> angle
 
 
 class FussCatalan(SpectralMeasure):
-    """Fuss-Catalan law of real order s >= 0: moments binomial((s + 1) k, k) / (s k + 1), M solves z M = (1 + M)^(s + 1).
+    """Fuss-Catalan law of real order s >= 0: moments binomial((s + 1) k, k) / (s k + 1).
+
+    M solves z M = (1 + M)^(s + 1).
 
     On the axis, with 0 < tau < pi, t = tau / (s + 1):
     x = sin(tau)^(s + 1) / (sin(t) sin(s t)^s), density = sin(tau) sin(t) / (pi x sin(s t)),
@@ -133,7 +135,7 @@ class FussCatalan(SpectralMeasure):
             return unfold(np.exp(kappa) * (m / (self.order * m - 1) - 1) / points**2, below)
 
     def _log_one_plus_m(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
-        """log(1 + M(z)) = log(z G(z)) on the closed upper half-plane: exact where M is near 0 and where it is near -1."""
+        """log(1 + M(z)) = log(z G(z)) on the closed upper half-plane, exact for M near 0 and for M near -1."""
         if self.order == 0:
             return np.asarray(np.log(z) - np.log(z - 1.0))
         flat = z.ravel()

@@ -7,7 +7,8 @@ With F = 1/G and h(w) = F(w) - w = -M(w)/G(w), a sum of free variables of laws 1
 With P = (1 + M)/M, lambda = log w and k(w) = log P(w) - lambda = -log(-h(w)), a product obeys the same equations with
 (w, h, F, log z) replaced by (lambda, k, log P, log z). In both cases the right-hand side maps the upper half-plane
 (the strip 0 < Im < pi) to itself, so a solution in the interior is the only one (Denjoy-Wolff; Belinschi and
-Bercovici 2007). Arrays of coordinates and fields have one row a law, one column a point. In rectangular products the i-th factor lives in another dimension: M_i(w_i) = Lambda_i M.
+Bercovici 2007). Arrays of coordinates and fields have one row a law, one column a point. In rectangular
+products the i-th factor lives in another dimension: M_i(w_i) = Lambda_i M.
 """
 
 from __future__ import annotations

@@ -26,5 +26,5 @@ def unfold(values: Numbers, below: Bool[np.ndarray, "..."]) -> Complex[np.ndarra
 
 
 def two_cut_root(z: np.ndarray, low: float | int, high: float | int) -> np.ndarray:
-    """sqrt((z - low)(z - high)) with the cut [low, high], of order z at infinity, for z in the closed upper half-plane."""
+    """sqrt((z - low)(z - high)) cut along [low, high], of order z at infinity; z in the closed upper half-plane."""
     return np.asarray(np.sqrt(z - low) * np.sqrt(z - high))

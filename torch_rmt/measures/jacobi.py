@@ -74,9 +74,9 @@ class KestenMcKay(SpectralMeasure):
 
 
 class Wachter(SpectralMeasure):
-    """Corner of a projection: the law of P Q P in the range of P, for free projections of rank `rank` (Q) and `corner` (P).
+    """Corner of a projection: the law of P Q P in the range of P, for free projections of rank `rank` and `corner`.
 
-    For Wishart matrices A, B of dimension p with n_A, n_B samples it is the law of (A + B)^(-1/2) A (A + B)^(-1/2), with
+    For Wishart matrices A, B of dimension p with n_A, n_B samples it is the law of (A + B)^(-1/2) A (A + B)^(-1/2),
     rank = n_A / (n_A + n_B), corner = p / (n_A + n_B): the Jacobi (MANOVA) ensemble, see `jacobi`.
     F = 1/(corner G) solves b (1 - b) F^2 + ((2 b - 1) z + a - b) F - z (z - 1) = 0 with a = rank, b = corner.
     Source: Wachter 1980.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Complex, Float
@@ -26,7 +27,7 @@ class GaussianPushforward(SpectralMeasure):
     """Law of fn(sqrt(variance) Z), Z standard normal, for fn real, smooth between its kinks.
 
     The line is cut at the kinks and at the critical points of fn into panels on which fn is monotone. On each, G is a
-    Gauss-Legendre sum; where z is near the panel's image the pole at fn(t) = z is subtracted and integrated in closed form,
+    Gauss-Legendre sum; where z is near the panel's image the pole at fn(t) = z is subtracted and integrated exactly,
     so that G holds up to the axis. Pieces on which fn is constant are atoms. The distribution function is exact.
 
     Raises:
@@ -45,9 +46,7 @@ class GaussianPushforward(SpectralMeasure):
         self.fn, self.gaussian_variance, self.kinks = fn, float(variance), tuple(float(k) for k in kinks)
         sigma = np.sqrt(self.gaussian_variance)
         cuts = np.unique(np.clip([-_REACH, *(k / sigma for k in self.kinks), _REACH], -_REACH, _REACH))
-        edges = [
-            np.linspace(a, b, int(np.ceil((b - a) / _PANEL)) + 1) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        edges = [np.linspace(a, b, int(np.ceil((b - a) / _PANEL)) + 1) for a, b in pairwise(cuts.tolist())]
         left, right = np.concatenate([e[:-1] for e in edges]), np.concatenate([e[1:] for e in edges])
         left, right = self._monotone(*self._resolved(left, right))
         values = self._values(left, right)
@@ -210,7 +209,7 @@ class GaussianPushforward(SpectralMeasure):
         return self.stieltjes_and_slope(z)[1]
 
     def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
-        """L(z) = E log(z - fn), by parts on each panel: the same Cauchy integrals with the panel's distribution function."""
+        """L(z) = E log(z - fn), by parts on each panel: Cauchy integrals of the panel's distribution function."""
         points, below = fold(z)
         flat = points.ravel()
         panels = np.arange(self._left.size)

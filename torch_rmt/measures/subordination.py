@@ -81,7 +81,7 @@ def _reflect(geometry: Geometry, w: np.ndarray) -> np.ndarray:
 def _newton(
     geometry: Geometry, zeta: np.ndarray, w: np.ndarray, iterations: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Newton on the active points; returns w, the relative size of the last step and whether it fell below tolerance."""
+    """Newton on the active points; returns w, the size of the last step and whether the equations are solved."""
     w = w.copy()
     size = np.full(zeta.shape, np.inf)
     active = np.arange(zeta.size)
@@ -131,7 +131,7 @@ def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarra
 
 def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
     """Decide which candidate solutions at their final points are the right ones; make the real ones exactly real."""
-    residual, dh, _ = _residual(geometry, zeta, w)
+    residual, _, _ = _residual(geometry, zeta, w)
     good = residual < _TOLERANCE
     unit = geometry.length(w)
     axis = zeta.imag == 0
@@ -232,7 +232,7 @@ def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarr
             guess = w[:, todo] + tangent * (target - zeta[todo])
         bad = ~np.all(np.isfinite(guess) & (guess.imag > 0) & (guess.imag < geometry.ceiling), axis=0)
         guess[:, bad] = w[:, todo[bad]]
-        new, size, quiet = _newton(geometry, target, guess, 10, 1e-7)
+        new, _, quiet = _newton(geometry, target, guess, 10, 1e-7)
         with np.errstate(all="ignore"):
             surprise = np.max(np.abs(new - guess) / geometry.length(new), axis=0)
         ok = quiet & np.all(new.imag >= (1 - 1e-6) * geometry.floor(target) - 1e-12, axis=0)
@@ -337,7 +337,8 @@ def solve(
     if not done.all():
         where = z[np.flatnonzero(~done)[0]]
         raise ConvergenceError(
-            f"the subordination equations were not solved at {int((~done).sum())} of {z.size} points, first at z = {where}; "
+            f"the subordination equations were not solved at {int((~done).sum())} of {z.size} points, "
+            f"first at z = {where}; "
             "merge nodes that nearly coincide, or ask at a point further from an edge of the support"
         )
     zeta = np.asarray(geometry.coordinate(z))
