@@ -2,63 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 
-from torch_rmt.theory.slope_law import NodeLaw, x_log_x
+from torch_rmt.theory.chain_parts import Inner, Kind, Points, State, Term, put, take
+from torch_rmt.theory.slope_law import x_log_x
 
-Points = Complex[np.ndarray, " points"]
 Reals = Float[np.ndarray, " points"]
-Inner = Complex[np.ndarray, "kinds points"]
 
 _TABLE = 96
 _DEEPEST = 680.0  # lambda underflows beyond this distance below the top, in logs
-
-
-@dataclass(frozen=True, eq=False)
-class Kind:
-    """`count` factors with one law s of mean one, seen through u = scale * M: adds count * log(u w / (1 + u)) to log z.
-
-    w solves E[s / (w - s)] = u.
-    """
-
-    law: NodeLaw
-    scale: float
-    count: float
-
-
-@dataclass(frozen=True)
-class Term:
-    """A factor in closed form: adds count * log(a + b M) to log z."""
-
-    a: float
-    b: float
-    count: float
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """A solution at one or many points: y = log M and v_k = log w_k, with the slopes that Newton needs.
-
-    Fields:
-        y, v: the unknowns.
-        t: log z that they give, exact once `mismatch` is zero.
-        rate: dt / dy with the w_k following.
-        pull: d log M_k / d v_k.
-        mismatch: log M_k(w_k) - log(scale_k M).
-    """
-
-    y: Points
-    v: Inner
-    t: Points
-    rate: Points
-    pull: Inner
-    mismatch: Inner
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,14 +147,14 @@ class Chain:
             bad = ~good & ~failed
             if bad.any():
                 if depth < 16:
-                    part = self._turn(_take(state, bad), here[bad], target[bad], depth + 1)
-                    moved = _put(moved, bad, part)
+                    part = self._turn(take(state, bad), here[bad], target[bad], depth + 1)
+                    moved = put(moved, bad, part)
                     failed |= bad & np.isnan(moved.y)
                 else:
                     failed |= bad
             state, here = moved, target
         if failed.any():
-            state = _put(state, failed, _take(state, failed, lost=True))
+            state = put(state, failed, take(state, failed, lost=True))
         return state
 
     def _step(self, state: State, here: Points, target: Points) -> tuple[State, np.ndarray]:
@@ -249,7 +206,7 @@ class Chain:
         t = (top - span * x**2)[::-1]
         state = self.above(t + 0j)
         found = np.isfinite(state.y)
-        t, state = t[found], _take(state, found)
+        t, state = t[found], take(state, found)
         m = np.exp(state.y)
         # Outside the spectrum M is real. Near zero it is M + lowest that is small, and says so first.
         inside = (-state.y.imag > 1e-7) & (-state.y.imag < np.pi - 1e-7)
@@ -267,10 +224,10 @@ class Chain:
             if begin == 0 or (self.reaches_zero and not intervals):
                 low = float("-inf")
             else:
-                low = self._edge(_take(state, np.array([begin])), float(t[begin - 1]), float(t[begin]))
+                low = self._edge(take(state, np.array([begin])), float(t[begin - 1]), float(t[begin]))
             high = top
             if stop < len(t):
-                high = self._edge(_take(state, np.array([stop - 1])), float(t[stop]), float(t[stop - 1]))
+                high = self._edge(take(state, np.array([stop - 1])), float(t[stop]), float(t[stop - 1]))
             if np.isinf(low):
                 members = np.arange(begin, stop)
                 intervals.append((low, high, t[members], state.y[members], state.v[:, members]))
@@ -418,24 +375,3 @@ class Chain:
             piece = x_log_x(x) - x_log_x(1.0 + x) + x * np.log(w[k]) - kind.law.mean_log(w[k])
             total = total + kind.count * piece / kind.scale
         return np.asarray((1.0 + m) * log_z - total)
-
-
-def _take(state: State, where: np.ndarray, *, lost: bool = False) -> State:
-    part = State(
-        state.y[where], state.v[:, where], state.t[where], state.rate[where], state.pull[:, where],
-        state.mismatch[:, where],
-    )  # fmt: skip
-    if lost:
-        nan = np.full_like(part.y, np.nan)
-        part = State(nan, np.full_like(part.v, np.nan), nan, nan, part.v * np.nan, part.v * np.nan)
-    return part
-
-
-def _put(state: State, where: np.ndarray, part: State) -> State:
-    def merge(whole: np.ndarray, piece: np.ndarray) -> np.ndarray:
-        whole = whole.copy()
-        whole[..., where] = piece
-        return whole
-
-    names: Sequence[str] = ("y", "v", "t", "rate", "pull", "mismatch")
-    return State(*(merge(getattr(state, name), getattr(part, name)) for name in names))

@@ -103,16 +103,24 @@ def correlation_fixed_point(activation: Activation, sigma_w: float, sigma_b: flo
         both = pair_expectation(activation.value, q, c, activation.kinks)
         return (sigma_w**2 * both + sigma_b**2) / scale - c
 
+    def slope_at(c: float) -> float:
+        # Where the series has converged its slope is exact; the integral takes over near one.
+        if c**_HERMITE_TERMS < 1e-9:
+            return float(slope(c))
+        return sigma_w**2 * q / scale * pair_expectation(activation.derivative, q, c, activation.kinks)
+
     for _ in range(30):
-        d = sigma_w**2 * q / scale * pair_expectation(activation.derivative, q, c, activation.kinks)
+        d = slope_at(c)
         if d >= 1.0:  # right of the minimum of the convex gap: go back towards the root
             c = 1.0 - 2.0 * (1.0 - c)
             continue
         step = residual(c) / (1.0 - d)
         c = min(max(c + step, 0.0), 1.0)
-        if abs(step) < 1e-9:
+        if abs(step) < 1e-12:
+            break
+        if abs(step) < 1e-7:
             # Quadratic convergence: one more residual with the same slope ends at rounding.
-            c = min(max(c + residual(c) / (1.0 - d), 0.0), 1.0) if abs(step) > 1e-14 else c
+            c = min(max(c + residual(c) / (1.0 - d), 0.0), 1.0)
             break
     d = sigma_w**2 * q / scale * pair_expectation(activation.derivative, q, c, activation.kinks)
     return float(c), float(d)

@@ -12,7 +12,8 @@ from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
 from torch_rmt.theory.architecture import Architecture, Layer
-from torch_rmt.theory.chain import Chain, Kind, Term
+from torch_rmt.theory.chain import Chain
+from torch_rmt.theory.chain_parts import Kind, Term
 from torch_rmt.theory.equal_layers import EqualLayers
 from torch_rmt.theory.jacobian_law import Solver
 from torch_rmt.theory.like_layers import representative_moments
