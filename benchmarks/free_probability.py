@@ -56,9 +56,8 @@ def line(name: str, ours: tuple[float, np.ndarray], theirs: tuple[float, np.ndar
         return float(np.median(np.abs(values - truth) / np.abs(truth)))
 
     ratio = theirs[0] / ours[0]
-    print(
-        f"{name:42} {ours[0]:8.1f} ms {error(ours[1]):8.0e}   {theirs[0]:9.1f} ms {error(theirs[1]):8.0e}   {ratio:7.1f} x"
-    )
+    mine = f"{ours[0]:8.1f} ms {error(ours[1]):8.0e}"
+    print(f"{name:42} {mine}   {theirs[0]:9.1f} ms {error(theirs[1]):8.0e}   {ratio:7.1f} x")
 
 
 def against_freealg(freealg: ModuleType, repeats: int) -> None:
