@@ -98,6 +98,8 @@ def correlation_fixed_point(activation: Activation, sigma_w: float, sigma_b: flo
         c += float(step)
     if series[0] == 0.0:
         return 0.0, float(series[1])
+    if c**_HERMITE_TERMS < 1e-17:
+        return c, float(slope(c))  # what the series leaves out is below rounding
 
     def residual(c: float) -> float:
         both = pair_expectation(activation.value, q, c, activation.kinks)
