@@ -132,3 +132,18 @@ def test_report_is_frozen() -> None:
     report = Report("x", measured(), None)
     with pytest.raises(AttributeError):
         report.name = "y"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_coarse_measurement_decides_nothing(seed: int) -> None:
+    """Two eigenvalues on one side of their law could be chance; sixty could not."""
+    law = Prediction(Semicircle())
+    values = np.sort(np.random.default_rng(seed).uniform(0.6, 1.4, 60))
+
+    def report(count: int) -> Report:
+        few = values[:: 60 // count]
+        return compare(Spectrum(few[None], np.full((1, count), 1 / count), count, count, "exact"), law)
+
+    assert report(60).agrees is False
+    assert report(2).agrees is None
+    assert "Too coarse" in report(2).verdict

@@ -27,6 +27,8 @@ _SUP_OVER_MIDDLE = 1.74
 # Kolmogorov distance times dimension of Jacobians of drawn tanh networks of depth 5 to 40, orthogonal and
 # Gaussian: 2 to 6 at widths 64 and 256. Found by simulation.
 _RIGID = 4.0
+# A law that is this far off is no match, whatever noise could excuse: there the measurement is too coarse to tell.
+_TOO_COARSE = 0.2
 
 
 def compare(
@@ -50,7 +52,7 @@ def compare(
     distribution function. "shape" has the same without what `finite_size_error` allows for the scale, and
     "wasserstein" the same times the width of the law from its 1 % to its 99 % point, joined by its standard deviation
     over sqrt(dim). The law "agrees" up to 2.5 times the floor of both Kolmogorov distances; a law that is a point is
-    judged by the Wasserstein distance.
+    judged by the Wasserstein distance. Beyond a distance of 0.2 that noise alone could excuse, nothing is decided.
 
     Args:
         spectrum: the measurement.
@@ -88,8 +90,9 @@ def compare(
         agrees = w1.ratio <= AGREES_UP_TO
     else:
         agrees = all(d is None or d.ratio <= AGREES_UP_TO for d in (ks, shape))
+    undecided = agrees and ks.value > _TOO_COARSE
     verdict = agreement_in_words(
-        agrees=agrees,
+        agrees=None if undecided else agrees,
         kolmogorov=ks,
         shape=shape,
         scale=scale,
@@ -99,7 +102,7 @@ def compare(
     )
     distances = tuple(d for d in (w1, ks, shape) if d is not None)
     words = {key: float(value) for key, value in prediction.scalars.items()} | facts
-    return Report(name, spectrum, prediction, distances, outliers, verdict + gradients_in_words(words), agrees, facts)
+    return Report(name, spectrum, prediction, distances, outliers, verdict + gradients_in_words(words), None if undecided else agrees, facts)
 
 
 def noise_floor(spectrum: Spectrum, prediction: Prediction, *, shape: bool = False) -> float:

@@ -61,6 +61,8 @@ def freeness_gap(
         finite_size_error=math.hypot(_RIGID / whole.dim, *(probe_noise(part) for part in parts)),
     )
     report = compare(whole, prediction, name=name, facts=facts)
+    if report.agrees is None:
+        return report
     if report.agrees:
         return replace(report, verdict=report.verdict.replace("As predicted", "The parts are free of each other", 1))
     return replace(report, verdict="The parts are aligned. " + report.verdict)

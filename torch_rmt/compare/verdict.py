@@ -16,7 +16,7 @@ AGREES_UP_TO = 2.5  # in units of the noise floor
 
 def agreement_in_words(
     *,
-    agrees: bool,
+    agrees: bool | None,
     kolmogorov: Distance,
     shape: Distance | None,
     scale: float,
@@ -27,7 +27,7 @@ def agreement_in_words(
     """Say whether the law holds and, if not, in what the measurement differs.
 
     Args:
-        agrees: the decision.
+        agrees: the decision; None where the noise is too large for one.
         kolmogorov, shape: the distances it rests on.
         scale: measured over predicted scale.
         zeros: share of numerical zeros, measured and predicted.
@@ -45,6 +45,8 @@ def agreement_in_words(
             f"{first.margin:.0f} times the noise): a direction that independent weights do not make."
         )
         tail = tail[:1] + tail[1].upper() + tail[2:]
+    if agrees is None:
+        return f"Too coarse to tell ({numbers}): measure with more probes and a greater depth." + tail
     if agrees:
         return f"As predicted ({numbers})." + tail
     text = ""
