@@ -28,6 +28,9 @@ def test_fixed_points_are_fixed(name: str, sigma_w: float, sigma_b: float) -> No
     assert field.slope_q == pytest.approx(sigma_w**2 * difference, rel=1e-5, abs=1e-9)
     if c < 1:
         change = [pair_expectation(phi.value, q, c + e, phi.kinks) for e in (1e-5, -1e-5)]
+        # c* comes from the Hermite series, this from the integral: two derivations.
+        direct = sigma_w**2 * pair_expectation(phi.derivative, q, c, phi.kinks)
+        assert field.slope_c == pytest.approx(direct, rel=1e-11)
         assert field.slope_c == pytest.approx(sigma_w**2 * (change[0] - change[1]) / (2e-5 * q), rel=1e-6)
     assert field.phase == ("ordered" if field.chi < 1 else "chaotic")
     assert field.depth_scale_c == pytest.approx(-1 / np.log(field.slope_c))

@@ -33,7 +33,7 @@ def pair_expectation(
     marks = centres[:, None] + width * np.array([-6.0, -4.2, -3.0, -2.2, -1.4, -0.7, 0.0, 0.7, 1.4, 2.2, 3.0, 4.2, 6.0])
     s, s_weights = gaussian_rule(float(shared**2), tuple(np.unique(marks)), order=14)
     edges = _inner_edges(s, width, kinks)
-    unit, unit_weights = np.polynomial.legendre.leggauss(12)
+    unit, unit_weights = np.polynomial.legendre.leggauss(20)
     half = np.diff(edges, axis=1)[:, :, None] / 2
     h = edges[:, :-1, None] + half * (1 + unit)
     density = np.exp(-0.5 * ((h - s[:, None, None]) / width) ** 2) * half
@@ -60,7 +60,7 @@ def _inner_edges(
 
 def hermite_weights(activation: Activation, q: float) -> Float[np.ndarray, " terms"]:
     """a_k^2 with E phi(u1) phi(u2) = sum_k a_k^2 c^k, a_k = E phi(sqrt(q) Z) He_k(Z) / sqrt(k!)."""
-    h, weights = gaussian_rule(q, activation.kinks)
+    h, weights = gaussian_rule(q, activation.kinks, order=28)
     z = h / np.sqrt(q)
     terms = np.empty(_HERMITE_TERMS)
     before, now = np.zeros_like(z), np.sqrt(weights)
@@ -98,8 +98,6 @@ def correlation_fixed_point(activation: Activation, sigma_w: float, sigma_b: flo
         c += float(step)
     if series[0] == 0.0:
         return 0.0, float(series[1])
-    if c**_HERMITE_TERMS < 1e-17:
-        return c, float(slope(c))  # what the series leaves out is below rounding
 
     def residual(c: float) -> float:
         both = pair_expectation(activation.value, q, c, activation.kinks)
@@ -111,6 +109,10 @@ def correlation_fixed_point(activation: Activation, sigma_w: float, sigma_b: flo
             return float(slope(c))
         return sigma_w**2 * q / scale * pair_expectation(activation.derivative, q, c, activation.kinks)
 
+    if c**_HERMITE_TERMS < 1e-17:
+        # What the series leaves out is below rounding: one residual proves it and mends the last digits.
+        c += residual(c) / (1.0 - float(slope(c)))
+        return c, float(slope(c))
     for _ in range(30):
         d = slope_at(c)
         if d >= 1.0:  # right of the minimum of the convex gap: go back towards the root
