@@ -43,6 +43,11 @@ class Discrete(SpectralMeasure):
         self.nodes: Float[np.ndarray, " n"] = t
         self.weights: Float[np.ndarray, " n"] = p
 
+    def __repr__(self) -> str:
+        where = ", ".join(f"{t:g}" for t in self.nodes[:3])
+        more = f", ... ({len(self.nodes)} in all)" if len(self.nodes) > 3 else ""
+        return f"{type(self).__name__}({where}{more})"
+
     def _blocks(self, z: Complex[np.ndarray, " m"]) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Rows of the table z - nodes, as real and imaginary parts, a cache-sized block at a time."""
         rows = max(1, _BLOCK // self.nodes.size)
