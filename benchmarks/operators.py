@@ -132,9 +132,7 @@ def rows(name: str, device: str) -> dict[str, Callable[[], Any]]:
         work[f"{label}, block of 16, a vector"] = lambda o=operator: o.matmat(many)
     blocks = layer_blocks(hessian)
     parts = {key: torch.randn(b.shape[0], 1, device=device) for key, b in blocks.items()}
-    work[f"all {len(blocks)} layer blocks of the Hessian"] = lambda: [
-        b.matmat(parts[k]) for k, b in blocks.items()
-    ]
+    work[f"all {len(blocks)} layer blocks of the Hessian"] = lambda: [b.matmat(parts[k]) for k, b in blocks.items()]
     if name == "mlp":
         work["exact Gauss-Newton spectra of all layers, batch 128"] = lambda: dual_gram(
             GaussNewton(model, loss, (x[:128], y[:128])), by_layer=True

@@ -64,9 +64,7 @@ def accuracy(quick: bool) -> None:
         operator = DenseOperator(matrix, symmetric=True)
         for budget in (30, 120, 240, 600):
             seeds = range(4 if quick else 20)
-            drawn = [
-                spectrum_within(operator, torch.Generator().manual_seed(s), matvecs=budget) for s in seeds
-            ]
+            drawn = [spectrum_within(operator, torch.Generator().manual_seed(s), matvecs=budget) for s in seeds]
             ours = np.mean([wasserstein(s.nodes, s.weights, values) for s in drawn])
             theirs = []
             for depth in sorted({min(budget, depth) for depth in (30, 60, 80)}):

@@ -5,16 +5,13 @@ One section a package, in the order of the house.
 
 from __future__ import annotations
 
-
 # --- measures: laws -------------------------------------------------------------------------------------------------
-
 # Laws in closed form, and convolutions as functions that make them.
-from tests.measures.table import CONVOLUTIONS as CONVOLUTIONS  # noqa: E402
-from tests.measures.table import LAWS as LAWS  # noqa: E402
+from tests.measures.table import CONVOLUTIONS as CONVOLUTIONS
+from tests.measures.table import LAWS as LAWS
 
 # --- theory: activations, predictions -------------------------------------------------------------------------------
-
-from torch_rmt.theory import activation_names  # noqa: E402
+from torch_rmt.theory import activation_names
 
 #: Every activation that has a name.
 ACTIVATIONS = activation_names()
@@ -29,21 +26,17 @@ NETWORKS = (
 )
 
 # Every law of a network, the network or matrix it is about, and the rate at which the two meet.
-from tests.theory.drawn_matrices import PREDICTIONS as PREDICTIONS  # noqa: E402
-
 # --- operators: module kinds ----------------------------------------------------------------------------------------
-
 # One function a kind, each returning (module, inputs, targets, loss); they are in tests/operators/module_kinds.py.
 from tests.operators.module_kinds import MODULE_KINDS as MODULE_KINDS  # noqa: E402
 
 # --- spectra: estimators --------------------------------------------------------------------------------------------
-
 # Matrices with a prescribed spectrum, and estimators that must be unbiased and calibrated on them.
 from tests.spectra.prescribed import ESTIMATORS as ESTIMATORS  # noqa: E402
 from tests.spectra.prescribed import MATRIX_SPECTRA as MATRIX_SPECTRA  # noqa: E402
+from tests.theory.drawn_matrices import PREDICTIONS as PREDICTIONS  # noqa: E402
 
 # --- callbacks ------------------------------------------------------------------------------------------------------
-
 # Every callback that measures; all take the settings of SpectralCallback.
 from torch_rmt.callbacks import CurvatureSpectrum, JacobianSpectrum, SpectralMonitor  # noqa: E402
 

@@ -65,9 +65,7 @@ def _equal(a: list[Any], b: list[Any]) -> None:
 def test_everything_is_put_back(fails: bool) -> None:
     net = _net()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        guard = undisturbed(
-            net
-        )  # beartype may draw from Python's generator on the call: before the state is taken
+        guard = undisturbed(net)  # beartype may draw from Python's generator on the call: before the state is taken
         before = _state(net)
         try:
             with guard:

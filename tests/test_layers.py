@@ -138,9 +138,7 @@ def test_the_plan_has_no_cycle() -> None:
 def test_the_package_list_is_the_tree() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {
-        ".".join(p.parent.relative_to(ROOT).parts)
-        for p in PACKAGE.rglob("__init__.py")
-        if "callbacks" not in p.parts
+        ".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py") if "callbacks" not in p.parts
     }
     assert set(listed) == found | {"torch_rmt.callbacks"}
 
@@ -149,7 +147,5 @@ def test_the_package_list_is_the_tree() -> None:
 def test_importing_loads_no_trainer_and_no_plots(module: str) -> None:
     heavy = ("lightning", "pytorch_lightning", "tensorboard", "matplotlib", "mlxtend", "pandas")
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"

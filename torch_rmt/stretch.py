@@ -52,9 +52,7 @@ def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
     notes = []
     for call in calls:
         if call.name in _DROPOUT and call.kwargs.get("training", True) and call.kwargs.get("p", 0.5) > 0:
-            notes.append(
-                f"{call.where}: dropout is active and was taken as absent; model.eval() turns it off"
-            )
+            notes.append(f"{call.where}: dropout is active and was taken as absent; model.eval() turns it off")
     if len(sources) != 1:
         join = next((c for c in calls if len(_sources_of(graph, c, stops)) > 1), calls[-1] if calls else None)
         where = join.where if join else "the output"
@@ -145,9 +143,7 @@ def _is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
     try:
         with torch.no_grad():
             value, permuted, changed = function(h), function(h[order]), function(other)
-    except (
-        Exception
-    ):  # any call at all is tried here, on a shape it may not take: whatever it raises, it says no
+    except Exception:  # any call at all is tried here, on a shape it may not take: whatever it raises, it says no
         return False
     return (
         value.shape == h.shape

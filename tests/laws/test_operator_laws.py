@@ -187,8 +187,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "frozen": {k: p.requires_grad for k, p in model.named_parameters()},
         "modes": [m.training for m in model.modules()],
         "attributes": [
-            {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, bool))}
-            for m in model.modules()
+            {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, bool))} for m in model.modules()
         ],
         "hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()],
         # Python's own generator is left to test_guard.py: beartype draws from it to check annotations.

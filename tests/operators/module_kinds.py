@@ -41,9 +41,7 @@ def _case(module: nn.Module, inputs: Any, targets: Any, loss: Callable[[Any, Any
 
 
 def mlp_tanh() -> Case:
-    return _case(
-        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), _x(6, 4), _classes(3, 6), F.cross_entropy
-    )
+    return _case(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), _x(6, 4), _classes(3, 6), F.cross_entropy)
 
 
 def mlp_relu_mse() -> Case:
@@ -66,15 +64,11 @@ def mlp_bce() -> Case:
 
 
 def mlp_huber() -> Case:
-    return _case(
-        nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), _x(5, 3), 3 * _x(5, 2), F.huber_loss
-    )
+    return _case(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), _x(5, 3), 3 * _x(5, 2), F.huber_loss)
 
 
 def prelu_bilinear() -> Case:
-    net = Calls(
-        lambda m, x: m.out(m.act(m.bi(x, x))), bi=nn.Bilinear(3, 3, 4), act=nn.PReLU(), out=nn.Linear(4, 2)
-    )
+    net = Calls(lambda m, x: m.out(m.act(m.bi(x, x))), bi=nn.Bilinear(3, 3, 4), act=nn.PReLU(), out=nn.Linear(4, 2))
     return _case(net, _x(5, 3), _x(5, 2), F.mse_loss)
 
 
@@ -188,16 +182,12 @@ def tied_gpt_ignored_tokens() -> Case:
 
 
 def lstm() -> Case:
-    net = Calls(
-        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(2, 3, batch_first=True), head=nn.Linear(3, 2)
-    )
+    net = Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(2, 3, batch_first=True), head=nn.Linear(3, 2))
     return _case(net, _x(3, 4, 2), _classes(2, 3), F.cross_entropy)
 
 
 def gru() -> Case:
-    net = Calls(
-        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.GRU(2, 3, batch_first=True), head=nn.Linear(3, 2)
-    )
+    net = Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.GRU(2, 3, batch_first=True), head=nn.Linear(3, 2))
     return _case(net, _x(3, 4, 2), _x(3, 2), F.mse_loss)
 
 
@@ -226,9 +216,7 @@ def frozen_first_layer() -> Case:
 
 def checkpointed() -> Case:
     body = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
-    net = Calls(
-        lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)), body=body, head=nn.Linear(5, 3)
-    )
+    net = Calls(lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)), body=body, head=nn.Linear(5, 3))
     return _case(net, _x(6, 4), _classes(3, 6), F.cross_entropy)
 
 
@@ -331,9 +319,7 @@ def numpy_in_forward() -> Case:
 
 
 def fourier_mixing() -> Case:
-    net = Calls(
-        lambda m, x: m.b(torch.tanh(torch.fft.fft(m.a(x)).real)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)
-    )
+    net = Calls(lambda m, x: m.b(torch.tanh(torch.fft.fft(m.a(x)).real)), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     return _case(net, _x(5, 3), _x(5, 2), F.mse_loss)
 
 

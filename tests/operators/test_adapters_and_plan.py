@@ -129,9 +129,7 @@ def test_a_wrong_second_derivative_is_not_trusted() -> None:
 def test_an_asymmetric_hessian_is_not_trusted() -> None:
     """The fused weight_norm of torch 2.13 takes the norm for a constant, in both reverse engines."""
     torch.manual_seed(0)
-    net = Calls(
-        lambda m, x: torch.tanh(x @ torch._weight_norm(m.v.weight, m.v.bias[:, None], 0).T), v=nn.Linear(3, 4)
-    )
+    net = Calls(lambda m, x: torch.tanh(x @ torch._weight_norm(m.v.weight, m.v.bias[:, None], 0).T), v=nn.Linear(3, 4))
     net = net.double()
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     H = Hessian(net, F.mse_loss, (x, y))
@@ -151,9 +149,7 @@ def test_a_rough_function_is_refused_with_the_remedy() -> None:
             return self.head((1e6 * self.bag(x)).relu().sqrt())
 
     torch.manual_seed(0)
-    H = Hessian(
-        Harsh(), lambda o, t: (o - t).abs().pow(0.5).mean(), (torch.randint(0, 5, (3, 2)), torch.zeros(3, 2))
-    )
+    H = Hessian(Harsh(), lambda o, t: (o - t).abs().pow(0.5).mean(), (torch.randint(0, 5, (3, 2)), torch.zeros(3, 2)))
     with pytest.raises(EngineError, match=r"differ.*second derivative"):
         H.matmat(torch.ones(H.shape[0], 1))
 

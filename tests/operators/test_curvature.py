@@ -59,9 +59,7 @@ def test_sampled_fisher_converges_to_the_exact_one(name: str) -> None:
     exact = dense(Fisher(net, loss, (x, y)))
     torch.testing.assert_close(exact, dense(GaussNewton(net, loss, (x, y))))
     gaps = [
-        float(
-            (dense(Fisher(net, loss, (x, y), kind="sampled", draws=d, seed=1)) - exact).norm() / exact.norm()
-        )
+        float((dense(Fisher(net, loss, (x, y), kind="sampled", draws=d, seed=1)) - exact).norm() / exact.norm())
         for d in (50, 5000)
     ]
     assert gaps[1] < 0.06
@@ -170,9 +168,7 @@ def test_dual_has_all_eigenvalues(kind: str) -> None:
         expected = "products with every column" if kind in NO_MODULE_GRAMS else "Gram matrices of the modules"
         assert gram.method.startswith(expected)
         values = torch.linalg.eigvalsh(dense(A))
-        torch.testing.assert_close(
-            gram.eigenvalues(), values.clamp_min(0), rtol=1e-7, atol=1e-9 * float(values[-1])
-        )
+        torch.testing.assert_close(gram.eigenvalues(), values.clamp_min(0), rtol=1e-7, atol=1e-9 * float(values[-1]))
         if gram.layers:
             torch.testing.assert_close(torch.stack(list(gram.layers.values())).sum(0), gram.matrix)
 
@@ -231,9 +227,7 @@ def test_h0_and_h1_are_parts_of_h() -> None:
     torch.testing.assert_close(dense(H1) + dense(H0), dense(H))
     with torch.no_grad():  # at zero residual the second part vanishes
         perfect = net(x)
-    H1 = Combination(
-        (Hessian(net, F.mse_loss, (x, perfect)), GaussNewton(net, F.mse_loss, (x, perfect))), (1.0, -1.0)
-    )
+    H1 = Combination((Hessian(net, F.mse_loss, (x, perfect)), GaussNewton(net, F.mse_loss, (x, perfect))), (1.0, -1.0))
     assert float(dense(H1).abs().max()) < 1e-14
 
 
@@ -314,8 +308,5 @@ def test_bad_input_says_what_to_do(case: str) -> None:
     make, error, message = _bad()[case]
     with pytest.raises((error, TypeError) if case in ("kind", "no loss", "no module") else error) as caught:
         make()
-    if (
-        "beartype" not in type(caught.value).__module__
-        and "TypeCheckError" not in type(caught.value).__name__
-    ):
+    if "beartype" not in type(caught.value).__module__ and "TypeCheckError" not in type(caught.value).__name__:
         assert re.search(message, str(caught.value)), str(caught.value)

@@ -18,9 +18,7 @@ from torch_rmt.operators import (
 )
 
 FLOAT_INPUT = [
-    k
-    for k in MODULE_KINDS
-    if k not in {"tied_gpt_ignored_tokens", "embedding_bag", "two_inputs", "batchnorm_train"}
+    k for k in MODULE_KINDS if k not in {"tied_gpt_ignored_tokens", "embedding_bag", "two_inputs", "batchnorm_train"}
 ]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -62,9 +60,7 @@ def test_jacobian_is_the_derivative_of_the_output_by_the_input(kind: str) -> Non
     assert float((dense(J) - reference).norm()) < 1e-6 * max(float(reference.norm()), 1e-6)
     # <u, J v> = <J^T u, v> for three pairs at once
     U, V = torch.randn(J.shape[0], 3, dtype=x.dtype), torch.randn(J.shape[1], 3, dtype=x.dtype)
-    torch.testing.assert_close(
-        (U * J.matmat(V)).sum(0), (J.adjoint().matmat(U) * V).sum(0), rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close((U * J.matmat(V)).sum(0), (J.adjoint().matmat(U) * V).sum(0), rtol=1e-6, atol=1e-9)
     assert J.adjoint().adjoint() is J
 
 
@@ -73,15 +69,9 @@ def test_chain_rule_between_named_modules(seed: int) -> None:
     net, x = _deep(seed)
     one = x[:1]
     whole = dense(Jacobian(net, one))
-    parts = (
-        dense(Jacobian(net, one, "2"))
-        @ dense(Jacobian(net, one, "0", "2"))
-        @ dense(Jacobian(net, one, None, "0"))
-    )
+    parts = dense(Jacobian(net, one, "2")) @ dense(Jacobian(net, one, "0", "2")) @ dense(Jacobian(net, one, None, "0"))
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(
-        dense(Jacobian(net, one, "act#2".replace("act", "1"), "4")).shape, torch.Size((5, 5))
-    )
+    torch.testing.assert_close(dense(Jacobian(net, one, "act#2".replace("act", "1"), "4")).shape, torch.Size((5, 5)))
     torch.testing.assert_close(dense(Jacobian(net, one, "2", "2")), torch.eye(5, dtype=x.dtype))
 
 
@@ -123,9 +113,7 @@ def test_sweep_to_the_loss_is_the_gradient_by_the_activations() -> None:
     torch.testing.assert_close(rows[:, 0], hidden.grad)
 
 
-@pytest.mark.parametrize(
-    "kind", ["cnn_maxpool", "batchnorm_eval", "transformer_encoder", "lstm", "checkpointed"]
-)
+@pytest.mark.parametrize("kind", ["cnn_maxpool", "batchnorm_eval", "transformer_encoder", "lstm", "checkpointed"])
 def test_sweeps_on_real_modules_agree_with_the_whole_jacobian(kind: str) -> None:
     torch.manual_seed(3)
     model, inputs, _, _ = MODULE_KINDS[kind]()
@@ -137,9 +125,7 @@ def test_sweeps_on_real_modules_agree_with_the_whole_jacobian(kind: str) -> None
 
 def test_slopes_are_the_derivatives_of_elementwise_modules() -> None:
     torch.manual_seed(1)
-    net = nn.Sequential(
-        nn.Linear(3, 4), nn.Tanh(), nn.Softmax(1), nn.Linear(4, 4), nn.ReLU(), nn.Dropout()
-    ).double()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Softmax(1), nn.Linear(4, 4), nn.ReLU(), nn.Dropout()).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     slopes = activation_slopes(net.eval(), x)
     assert list(slopes) == ["1", "4"]

@@ -90,8 +90,6 @@ def generator(seed: int) -> torch.Generator:
 def wasserstein(nodes: np.ndarray, weights: np.ndarray, eigenvalues: np.ndarray) -> float:
     """Wasserstein-1 distance between weighted nodes and the law of the eigenvalues."""
     places = np.concatenate([nodes.ravel(), eigenvalues])
-    masses = np.concatenate(
-        [weights.ravel() / weights.sum(), np.full(len(eigenvalues), -1 / len(eigenvalues))]
-    )
+    masses = np.concatenate([weights.ravel() / weights.sum(), np.full(len(eigenvalues), -1 / len(eigenvalues))])
     order = np.argsort(places)
     return float(np.sum(np.abs(np.cumsum(masses[order])[:-1]) * np.diff(places[order])))

@@ -38,9 +38,7 @@ def test_lanczos_decomposition(name: str, dtype: torch.dtype, how: Reorthogonali
         left = operator.matrix @ q - q @ t.to(dtype)
         if length == run.diagonal.shape[1]:
             left[:, -1] -= run.residual[:, probe] * run.offdiagonal[probe, -1]
-        assert float(left.norm()) <= 100 * eps * norm * length**0.5 + (
-            0 if how == "full" else eps**0.5 * norm
-        )
+        assert float(left.norm()) <= 100 * eps * norm * length**0.5 + (0 if how == "full" else eps**0.5 * norm)
         loss = float((q.T @ q - torch.eye(length, dtype=dtype)).abs().max())
         assert loss <= (50 * eps if how == "full" else eps**0.5)
 

@@ -74,9 +74,7 @@ def test_slq_of_a_rectangular_operator_has_the_law_of_the_columns(shape: tuple[i
 
 def test_slq_is_a_function_of_the_seed() -> None:
     operator = DenseOperator(symmetric_matrix(MATRIX_SPECTRA["flat"], 0), symmetric=True)
-    first, again, other = (
-        SLQ(probes=3, depth=9)(operator, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
-    )
+    first, again, other = (SLQ(probes=3, depth=9)(operator, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first.nodes, again.nodes)
     np.testing.assert_array_equal(first.weights, again.weights)
     assert np.abs(first.nodes - other.nodes).max() > 1e-6

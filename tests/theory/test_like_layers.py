@@ -36,9 +36,7 @@ def unlike(depth: int, sigma_w: float, seed: int) -> Architecture:
 
 
 @pytest.mark.parametrize(("depth", "sigma_w", "seed"), [(8, 0.7, 0), (12, 1.1, 1), (12, 1.6, 2)])
-def test_the_law_is_that_of_all_layers(
-    depth: int, sigma_w: float, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_law_is_that_of_all_layers(depth: int, sigma_w: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each q taken as a kind of its own is the reference; q falls by orders of magnitude along the first network."""
     network = unlike(depth, sigma_w, seed)
     gathered = jacobian_spectrum(network)

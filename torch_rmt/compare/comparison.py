@@ -102,7 +102,16 @@ def compare(
     )
     distances = tuple(d for d in (w1, ks, shape) if d is not None)
     words = {key: float(value) for key, value in prediction.scalars.items()} | facts
-    return Report(name, spectrum, prediction, distances, outliers, verdict + gradients_in_words(words), None if undecided else agrees, facts)
+    return Report(
+        name,
+        spectrum,
+        prediction,
+        distances,
+        outliers,
+        verdict + gradients_in_words(words),
+        None if undecided else agrees,
+        facts,
+    )
 
 
 def noise_floor(spectrum: Spectrum, prediction: Prediction, *, shape: bool = False) -> float:

@@ -78,9 +78,7 @@ def from_scipy(operator: Any, *, symmetric: bool, device: torch.device | str = "
     place = torch.device(device)
 
     def through(product: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
-        return lambda V: torch.as_tensor(
-            np.asarray(product(V.detach().cpu().numpy())), dtype=dtype, device=place
-        )
+        return lambda V: torch.as_tensor(np.asarray(product(V.detach().cpu().numpy())), dtype=dtype, device=place)
 
     rmatmat = None if symmetric else through(linear.rmatmat)
     return Foreign((rows, columns), through(linear.matmat), rmatmat, dtype=dtype, device=place)
@@ -129,6 +127,4 @@ def from_curvlinops(operator: Any) -> LinearOperator:
     if not operator.SELF_ADJOINT:
         transposed = operator.adjoint()
         rmatmat = lambda U: transposed @ U  # noqa: E731
-    return Foreign(
-        (rows, columns), lambda V: operator @ V, rmatmat, dtype=operator.dtype, device=operator.device
-    )
+    return Foreign((rows, columns), lambda V: operator @ V, rmatmat, dtype=operator.dtype, device=operator.device)

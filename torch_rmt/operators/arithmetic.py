@@ -67,13 +67,9 @@ class Dense(LinearOperator):
 
     def __init__(self, matrix: Float[Tensor, "rows columns"], *, symmetric: bool = False) -> None:
         if symmetric:
-            gap = (
-                float((matrix - matrix.T).abs().max()) if matrix.shape[0] == matrix.shape[1] else float("inf")
-            )
+            gap = float((matrix - matrix.T).abs().max()) if matrix.shape[0] == matrix.shape[1] else float("inf")
             if gap > 1e-5 * float(matrix.abs().max()):
-                raise ValueError(
-                    "the matrix is declared symmetric and is not; pass (A + A.T) / 2 if you mean that"
-                )
+                raise ValueError("the matrix is declared symmetric and is not; pass (A + A.T) / 2 if you mean that")
         self.matrix = matrix
         self.symmetric = symmetric
 
@@ -129,11 +125,7 @@ class Combination(_Like):
 
     def adjoint(self) -> LinearOperator:
         """Return the combination of the adjoints."""
-        return (
-            self
-            if self.symmetric
-            else Combination([op.adjoint() for op in self.operators], self.coefficients)
-        )
+        return self if self.symmetric else Combination([op.adjoint() for op in self.operators], self.coefficients)
 
 
 class Scaled(_Like):

@@ -62,9 +62,7 @@ def read_batches(data: Any, pure: PureModel, loss: Loss) -> list[Batch]:
         samples = sample_count(inputs)
         terms = count_terms(loss, targets, samples)
         if terms == 0:
-            raise ValueError(
-                "every target of the batch is ignored by the loss; pass at least one that counts"
-            )
+            raise ValueError("every target of the batch is ignored by the loss; pass at least one that counts")
         batches.append(Batch(inputs, targets, samples, terms))
     return batches
 

@@ -56,9 +56,7 @@ def _grouped(operator: Curvature, groups: Mapping[str, str | Sequence[str]] | No
         chosen = set(select(operator.pure.module, patterns))
         result[label] = [i for i, name in enumerate(names) if name in chosen]
         if not result[label]:
-            raise ValueError(
-                f"group {label!r} matches parameters that this operator does not differentiate by"
-            )
+            raise ValueError(f"group {label!r} matches parameters that this operator does not differentiate by")
     return result
 
 

@@ -40,9 +40,7 @@ class ClosureHessian(LinearOperator):
         self.sizes = [t.numel() for t in self.tensors]
         with torch.inference_mode(False), torch.enable_grad():
             value = checked_loss(closure())
-            self._gradients = torch.autograd.grad(
-                value, self.tensors, create_graph=True, materialize_grads=True
-            )
+            self._gradients = torch.autograd.grad(value, self.tensors, create_graph=True, materialize_grads=True)
         generator = torch.Generator(device=self.device).manual_seed(0)
         u, v = torch.randn(2, sum(self.sizes), 1, generator=generator, dtype=self.dtype, device=self.device)
         left, right = float((u * self.matmat(v)).sum()), float((v * self.matmat(u)).sum())
@@ -78,24 +76,18 @@ class ClosureHessian(LinearOperator):
             for v in V.detach().T:
                 pieces = torch.split(v, self.sizes)
                 pairs = [
-                    (g, p.reshape(g.shape))
-                    for g, p in zip(self._gradients, pieces, strict=True)
-                    if g.requires_grad
+                    (g, p.reshape(g.shape)) for g, p in zip(self._gradients, pieces, strict=True) if g.requires_grad
                 ]
                 if not pairs:
                     columns.append(torch.zeros_like(v))
                     continue
                 heads, weights = zip(*pairs, strict=True)
-                rows = torch.autograd.grad(
-                    heads, self.tensors, weights, retain_graph=True, materialize_grads=True
-                )
+                rows = torch.autograd.grad(heads, self.tensors, weights, retain_graph=True, materialize_grads=True)
                 columns.append(torch.cat([r.flatten() for r in rows]))
         return torch.stack(columns, dim=1) if columns else V.clone()
 
 
-def adam_scale(
-    optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[str]
-) -> Float[Tensor, " n"]:
+def adam_scale(optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[str]) -> Float[Tensor, " n"]:
     """Diagonal `1 / sqrt(sqrt(v_hat) + eps)` of Adam's preconditioner for parameters by name, for `Scaled`.
 
     `Scaled(H, adam_scale(optimizer, model, H.pure.names))` is the curvature that Adam's steps see: its

@@ -127,9 +127,7 @@ def module_gram(
         scaled = [_normalised(module, x) for x in inputs]
         if any(s is None for s in scaled):
             return None
-        weight = sum(
-            _per_channel(module, t * s) for s, t in zip(scaled, gradients, strict=True) if s is not None
-        )
+        weight = sum(_per_channel(module, t * s) for s, t in zip(scaled, gradients, strict=True) if s is not None)
         bias = sum(_per_channel(module, t) for t in gradients)
         if "weight" in names and isinstance(weight, Tensor):
             add(vector_gram(weight))

@@ -34,9 +34,7 @@ class AllReduced(LinearOperator):
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("torch.distributed is not initialised; in one process use the operator itself")
         if isinstance(operator, GradientCovariance):
-            raise TypeError(
-                "a gradient covariance is not the mean of the ranks'; reduce Fisher(kind='empirical')"
-            )
+            raise TypeError("a gradient covariance is not the mean of the ranks'; reduce Fisher(kind='empirical')")
         self.local, self.group = operator, group
         own = [float(operator.terms), float(operator.samples), float(operator.shape[0])]
         totals = torch.tensor(own, dtype=torch.float64, device=operator.device)

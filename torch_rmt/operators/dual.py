@@ -106,9 +106,7 @@ def dual_gram(
             layers[_PRODUCTS] = _by_products(pure, inputs, rest, factors)
         total = torch.stack(list(layers.values())).sum(0) if by_layer else _summed(layers)
         if _confirmed(operator, total, factors):
-            method = "Gram matrices of the modules" + (
-                f"; {len(rest)} parameters by products" if rest else ""
-            )
+            method = "Gram matrices of the modules" + (f"; {len(rest)} parameters by products" if rest else "")
             return DualGram(total, layers if by_layer else {}, operator.shape[0], method)
         # Samples that mix (batch normalisation in train mode) have no per-sample gradients.
         reason = "the samples of this batch depend on one another"
@@ -116,9 +114,7 @@ def dual_gram(
     return DualGram(total, {}, operator.shape[0], f"products with every column ({reason})")
 
 
-def _refuse_too_large(
-    operator: GaussNewton | NeuralTangentKernel, output: Tensor, max_memory: int | None
-) -> None:
+def _refuse_too_large(operator: GaussNewton | NeuralTangentKernel, output: Tensor, max_memory: int | None) -> None:
     columns = output[0].numel()
     if isinstance(operator, Fisher) and operator.kind != "exact":
         columns = operator.draws if operator.kind == "sampled" else 1
@@ -172,9 +168,7 @@ def _factors(operator: GaussNewton | NeuralTangentKernel, output: Tensor) -> Ten
         hessians = curvature.product(basis).reshape(size, n, size).permute(1, 2, 0)
     values, vectors = torch.linalg.eigh((hessians + hessians.mT) / 2)
     if float(values.min()) < -1e-5 * float(values.max().clamp_min(0)):
-        raise ValueError(
-            "the loss is not convex in the output here, so J^T H J has no dual; use SLQ or Lanczos"
-        )
+        raise ValueError("the loss is not convex in the output here, so J^T H J has no dual; use SLQ or Lanczos")
     roots: Tensor = vectors * values.clamp_min(0).sqrt()[:, None, :]
     return roots.permute(2, 0, 1).reshape(size, *output.shape)
 
@@ -218,9 +212,7 @@ def _pass(
             shapes.append(tensor_at(place, output).detach())
 
         for name, (module, _) in modules.items():
-            handle = module.register_forward_hook(
-                lambda _m, args, output, name=name: keep(name, args, output)
-            )
+            handle = module.register_forward_hook(lambda _m, args, output, name=name: keep(name, args, output))
             stack.callback(handle.remove)
         pure.raw(pure.params, inputs)
 
@@ -236,9 +228,7 @@ def _pass(
         pure.guarded,
         lambda _point, thunk: pure.within(pure.params, thunk),
     )
-    products, _ = climb(
-        f, FIRST_ORDER, pure.module, ("dual", tuple(map(str, places)), tuple(t for _, t in pure.modes))
-    )
+    products, _ = climb(f, FIRST_ORDER, pure.module, ("dual", tuple(map(str, places)), tuple(t for _, t in pure.modes)))
     pulled = products.pull((factors,))
     gradients: dict[str, list[Tensor]] = {name: [] for name in modules}
     for place, g in zip(places, pulled, strict=True):
@@ -263,18 +253,14 @@ def _by_products(pure: PureModel, inputs: Any, names: list[str], factors: Tensor
         return pure.within(params, thunk)
 
     f = Differentiable(output, tuple(pure.params[i] for i in index), pure.guarded, within)
-    products, _ = climb(
-        f, FIRST_ORDER, pure.module, ("dual rest", tuple(names), tuple(t for _, t in pure.modes))
-    )
+    products, _ = climb(f, FIRST_ORDER, pure.module, ("dual rest", tuple(names), tuple(t for _, t in pure.modes)))
     columns, samples = factors.shape[:2]
     gram = factors.new_empty(samples * columns, samples * columns)
     for n in range(samples):
         only = torch.zeros_like(factors)
         only[:, n] = factors[:, n]
         (image,) = products.push(products.pull((only,)))  # (columns, samples, *output)
-        block = torch.einsum(
-            "kno,cno->nck", image.reshape(columns, samples, -1), factors.reshape(columns, samples, -1)
-        )
+        block = torch.einsum("kno,cno->nck", image.reshape(columns, samples, -1), factors.reshape(columns, samples, -1))
         gram[:, n * columns : (n + 1) * columns] = block.reshape(samples * columns, columns)
     return gram
 

@@ -117,9 +117,7 @@ def autograd_first(f: Differentiable, block: Block) -> Products:
         return tuple(torch.autograd.grad(outputs, seed, vectors, retain_graph=True, materialize_grads=True))
 
     # No vmap here: a checkpointed forward pass that runs again inside must see plain tensors.
-    return Products(
-        _guarded(f, leaves, stacked(push_one)), _guarded(f, leaves, stacked(pull_one)), value.detach()
-    )
+    return Products(_guarded(f, leaves, stacked(push_one)), _guarded(f, leaves, stacked(pull_one)), value.detach())
 
 
 def forward_mode(f: Differentiable, block: Block) -> Products:
@@ -259,9 +257,7 @@ def _quiet(product: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors
     return run
 
 
-def _guarded(
-    f: Differentiable, leaves: Tensors, product: Callable[[Tensors], Tensors]
-) -> Callable[[Tensors], Tensors]:
+def _guarded(f: Differentiable, leaves: Tensors, product: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
     """Products that may run the module again (checkpointing)."""
 
     def run(v: Tensors) -> Tensors:

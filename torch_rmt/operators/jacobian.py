@@ -129,9 +129,7 @@ class Jacobian(LinearOperator):
 
         def stop(output: Any) -> None:
             if not inserted[0]:
-                raise ValueError(
-                    f"target {self.target!r} is computed before source {self.source!r}; exchange the two"
-                )
+                raise ValueError(f"target {self.target!r} is computed before source {self.source!r}; exchange the two")
             assert self._target is not None
             raise Reached(tensor_at(self._target, output))
 

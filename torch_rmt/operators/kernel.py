@@ -87,9 +87,7 @@ class NeuralTangentKernel(LinearOperator):
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns `J J^T u`."""
         products = self._prepared()
-        return in_blocks(
-            V, self._output_shape, lambda u: products.push(products.pull(u)), self.chunk, self.shape[0]
-        )
+        return in_blocks(V, self._output_shape, lambda u: products.push(products.pull(u)), self.chunk, self.shape[0])
 
     def adjoint(self) -> LinearOperator:
         """Return itself: symmetric."""

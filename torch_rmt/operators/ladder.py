@@ -54,9 +54,7 @@ class Choice:
 _proved: weakref.WeakKeyDictionary[nn.Module, dict[object, Choice]] = weakref.WeakKeyDictionary()
 
 
-def climb(
-    f: Differentiable, engines: Sequence[Engine], module: nn.Module, key: object
-) -> tuple[Products, Choice]:
+def climb(f: Differentiable, engines: Sequence[Engine], module: nn.Module, key: object) -> tuple[Products, Choice]:
     """Prepare products with the first engine that runs and is confirmed by another.
 
     Raises:
@@ -104,9 +102,7 @@ def climb(
         choice = Choice(name, "loop", "no second engine to be trusted; the adjoint identity holds")
         return _with_blocks(f, dict(engines)[name], products, choice, direction, image, module, key)
     raise EngineError(
-        f"{type(module).__name__} cannot be differentiated reliably: "
-        + "; ".join(refusals)
-        + ". Remedies: use "
+        f"{type(module).__name__} cannot be differentiated reliably: " + "; ".join(refusals) + ". Remedies: use "
         "operations with a second derivative (no EmbeddingBag, checkpointing with use_reentrant=False), or "
         "measure the part of the network that can (params=..., source=..., target=...)"
     )
@@ -180,9 +176,7 @@ def _with_blocks(
 
 def _direction(f: Differentiable) -> Tensors:
     generator = torch.Generator(device=f.point[0].device).manual_seed(0)
-    return tuple(
-        torch.randn((1, *p.shape), generator=generator, dtype=p.dtype, device=p.device) for p in f.point
-    )
+    return tuple(torch.randn((1, *p.shape), generator=generator, dtype=p.dtype, device=p.device) for p in f.point)
 
 
 def _flat(block: Tensors) -> Tensor:

@@ -62,10 +62,7 @@ def _hessian_by_autograd(loss: Loss, output: Tensor, targets: Any) -> Callable[[
         if not gradient.requires_grad:
             return torch.zeros_like(block)
         return torch.stack(
-            [
-                torch.autograd.grad(gradient, leaf, u, retain_graph=True, materialize_grads=True)[0]
-                for u in block
-            ]
+            [torch.autograd.grad(gradient, leaf, u, retain_graph=True, materialize_grads=True)[0] for u in block]
         )
 
     return product

@@ -65,9 +65,7 @@ def tensor_at(place: Place, output: Any) -> Tensor:
     """Return the first tensor of a module's output; TypeError where there is none."""
     t = first_tensor(output)
     if t is None:
-        raise TypeError(
-            f"module {str(place)!r} returns a {type(output).__name__} without tensors; name another one"
-        )
+        raise TypeError(f"module {str(place)!r} returns a {type(output).__name__} without tensors; name another one")
     return t
 
 

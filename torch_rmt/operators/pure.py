@@ -58,8 +58,7 @@ def select(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
         }
         if not found:
             raise ValueError(
-                f"params: {pattern!r} matches no parameter of {type(model).__name__}; "
-                f"{nearest(pattern, list(aliases))}"
+                f"params: {pattern!r} matches no parameter of {type(model).__name__}; {nearest(pattern, list(aliases))}"
             )
         hit |= found
     return [name for name in named if name in hit]
@@ -144,16 +143,12 @@ class PureModel:
     def split(self, v: Tensor) -> tuple[Tensor, ...]:
         """Cut `(..., n_params)` into tensors of the parameters' shapes (leading dimensions stay)."""
         pieces = torch.split(v, self.sizes, dim=-1)
-        return tuple(
-            piece.reshape(*v.shape[:-1], *p.shape) for piece, p in zip(pieces, self.params, strict=True)
-        )
+        return tuple(piece.reshape(*v.shape[:-1], *p.shape) for piece, p in zip(pieces, self.params, strict=True))
 
     def prepare(self, inputs: Any) -> Any:
         """Detach inputs, out of inference mode and out of half precision."""
         with torch.inference_mode(False):
-            return tree_map(
-                lambda t: self._float(t.detach().clone() if t.is_inference() else t.detach()), inputs
-            )
+            return tree_map(lambda t: self._float(t.detach().clone() if t.is_inference() else t.detach()), inputs)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

@@ -65,9 +65,7 @@ def _note_shape(place: Place, shapes: list[torch.Size], output: Any) -> None:
 class _Passes:
     """The network seen from one source place: values at many places as one function."""
 
-    def __init__(
-        self, model: nn.Module, inputs: Any, layers: Sequence[str] | None, source: str | None
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, layers: Sequence[str] | None, source: str | None) -> None:
         self.pure = PureModel(model, "*")
         self.inputs = self.pure.prepare(inputs)
         self.samples = sample_count(self.inputs)
@@ -105,9 +103,7 @@ class _Passes:
         asked = None if layers is None else [find_place(module, name) for name in layers]
         names = {m: name for name, m in reversed(list(module.named_modules()))}
         wanted = (
-            [m for m in names if names[m] and not list(m.children())]
-            if asked is None
-            else [p.module for p in asked]
+            [m for m in names if names[m] and not list(m.children())] if asked is None else [p.module for p in asked]
         )
         order: list[nn.Module] = []
         with self.pure.guarded(), torch.no_grad(), ExitStack() as stack:
@@ -144,9 +140,7 @@ class _Passes:
 
     def prepare(self, call: Callable[..., Tensor], point: Tensors, kind: str) -> Products:
         """Products with the derivative of a function of the network, proved as every engine is."""
-        f = Differentiable(
-            call, point, self.pure.guarded, lambda _p, thunk: self.pure.within(self.pure.params, thunk)
-        )
+        f = Differentiable(call, point, self.pure.guarded, lambda _p, thunk: self.pure.within(self.pure.params, thunk))
         modes = tuple(training for _, training in self.pure.modes)
         key = (kind, str(self.source), tuple(map(str, self.places)), modes, self.pure.dtype)
         return climb(f, _FORWARD_FIRST, self.pure.module, key)[0]
@@ -258,9 +252,7 @@ def layers_to_output(
     return results
 
 
-def single_layers(
-    model: nn.Module, inputs: Any, layers: Sequence[str]
-) -> dict[str, Float[Tensor, "samples _ _2"]]:
+def single_layers(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Float[Tensor, "samples _ _2"]]:
     """Jacobian of each named layer by the one before it (the first by the input); their product is the whole.
 
     Raises:
@@ -305,12 +297,8 @@ def activation_slopes(
                 diagonal = _diagonal(place.module, entered)
             if diagonal is None:
                 if layers is not None:
-                    raise ValueError(
-                        f"module {str(place)!r} is not elementwise; use Jacobian for its full matrix"
-                    )
-            elif layers is not None or not isinstance(
-                place.module, (nn.Identity, nn.modules.dropout._DropoutNd)
-            ):
+                    raise ValueError(f"module {str(place)!r} is not elementwise; use Jacobian for its full matrix")
+            elif layers is not None or not isinstance(place.module, (nn.Identity, nn.modules.dropout._DropoutNd)):
                 results[passes.label(place)] = diagonal.reshape(passes.samples, -1)
     return results
 

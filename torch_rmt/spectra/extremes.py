@@ -82,9 +82,7 @@ def top_eigenvalues(
     dim = require_size(operator)
     wanted = 2 * k if end == "both" else k
     if k < 1 or wanted > dim or not 1 <= block <= dim:
-        raise ValueError(
-            f"cannot find {wanted} eigenvalues in blocks of {block} of an operator of dimension {dim}"
-        )
+        raise ValueError(f"cannot find {wanted} eigenvalues in blocks of {block} of an operator of dimension {dim}")
     room = max(2 * wanted + 2 * block, min(_BASIS, _BASIS_BYTES // (dim * operator.dtype.itemsize)))
     room = min(dim, room)
     limit = (40 * room if max_matvecs is None else max_matvecs) // price - wanted  # the last for the check
@@ -205,9 +203,7 @@ class _Search:
 
     def slack(self, values: Float[np.ndarray, " k"], tolerance: float) -> Float[np.ndarray, " k"]:
         """Largest admissible residual of each Ritz value in units of the scale: tolerance or rounding."""
-        floor = (
-            100.0 * torch.finfo(self.operator.dtype).eps * max(1.0, float(np.abs(values).max(initial=0.0)))
-        )
+        floor = 100.0 * torch.finfo(self.operator.dtype).eps * max(1.0, float(np.abs(values).max(initial=0.0)))
         slack: Float[np.ndarray, " k"] = np.maximum(tolerance * np.abs(values), floor)
         return slack
 

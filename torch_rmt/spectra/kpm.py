@@ -44,9 +44,7 @@ class KPM:
 
     def __post_init__(self) -> None:
         if self.probes < 1 or self.degree < 2:
-            raise ValueError(
-                f"KPM needs a probe and two products at least, got {self.probes} and {self.degree}"
-            )
+            raise ValueError(f"KPM needs a probe and two products at least, got {self.probes} and {self.degree}")
 
     def __call__(self, operator: LinearOperator, generator: torch.Generator) -> Spectrum:
         """Measure a symmetric operator (wrap any other in `Gram`); probes come from `generator` alone."""

@@ -27,9 +27,7 @@ class OrthogonalityForecast:
         self.betas = np.zeros((probes, 0))
         self.twice = False
 
-    def must_reorthogonalise(
-        self, alpha: Float[np.ndarray, " probes"], beta: Float[np.ndarray, " probes"]
-    ) -> bool:
+    def must_reorthogonalise(self, alpha: Float[np.ndarray, " probes"], beta: Float[np.ndarray, " probes"]) -> bool:
         """Take in alpha_j and beta_j; say whether q_{j+1} is to be made orthogonal to all before it."""
         self.alphas = np.concatenate([self.alphas, alpha[:, None]], axis=1)
         self.betas = np.concatenate([self.betas, beta[:, None]], axis=1)

@@ -155,9 +155,7 @@ def _outliers(
     count = min(count, operator.shape[1] - 1)
     if count < 1:
         return np.zeros(0), 0, None
-    found = top_eigenvalues(
-        operator, count, generator, tolerance=_DEFLATION_TOLERANCE, max_matvecs=6 * count + 10
-    )
+    found = top_eigenvalues(operator, count, generator, tolerance=_DEFLATION_TOLERANCE, max_matvecs=6 * count + 10)
     good = found.residuals <= 2.0 * _DEFLATION_TOLERANCE * np.abs(found.values)
     if not good.any():
         return np.zeros(0), found.matvecs, None

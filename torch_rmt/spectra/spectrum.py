@@ -57,9 +57,7 @@ class Spectrum:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.nodes).all() and np.isfinite(self.weights).all()):
-            raise ValueError(
-                "a spectrum needs finite nodes and weights: the operator's products were not finite"
-            )
+            raise ValueError("a spectrum needs finite nodes and weights: the operator's products were not finite")
         if (self.weights < 0).any() or np.abs(self.weights.sum(axis=1) - 1.0).max() > 1e-6:
             raise ValueError("the weights of a spectrum are non-negative and each row sums to one")
 

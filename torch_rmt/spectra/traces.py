@@ -153,9 +153,7 @@ class _Sketch:
         s = s / s.norm(dim=0)
         along = (s * self.w).sum(dim=0)
         x = self.w - s * along
-        scale = (self.dim - count + 1) / (self.dim - self.w.square().sum(dim=0) + along.square()).clamp_min(
-            1e-300
-        )
+        scale = (self.dim - count + 1) / (self.dim - self.w.square().sum(dim=0) + along.square()).clamp_min(1e-300)
         rest = (x * (self.h @ x)).sum(dim=0) - (self.t * x).sum(dim=0) + along * (s * r).sum(dim=0)
         found: Tensor = self.h.trace() - (s * (self.h @ s)).sum(dim=0) + rest * scale
         return found
@@ -193,9 +191,7 @@ def mixed_moment(word: Sequence[LinearOperator], generator: torch.Generator, *, 
     dim = word[-1].shape[1]
     for left, right in zip(word, [*word[1:], word[0]], strict=True):
         if left.shape[1] != right.shape[0]:
-            raise ValueError(
-                f"operators of shape {left.shape} and {right.shape} cannot be multiplied in turn"
-            )
+            raise ValueError(f"operators of shape {left.shape} and {right.shape} cannot be multiplied in turn")
     if probes < 2:
         raise ValueError(f"the error of a mixed moment needs at least two probes, got {probes}")
     last = word[-1]
@@ -278,9 +274,7 @@ def _student(freedom: int) -> float:
 
 def _require_square(operator: LinearOperator) -> int:
     if operator.shape[0] != operator.shape[1]:
-        raise ValueError(
-            f"only a square operator has a trace, got shape {operator.shape}; wrap it in Gram(...)"
-        )
+        raise ValueError(f"only a square operator has a trace, got shape {operator.shape}; wrap it in Gram(...)")
     return require_size(operator)
 
 

@@ -49,8 +49,6 @@ def representative_moments(moments: tuple[float, ...]) -> tuple[tuple[float, flo
         off.append(norm)
         basis.append(vector / norm)
     steps = len(diagonal)
-    nodes, vectors = np.linalg.eigh(
-        np.diag(diagonal) + np.diag(off[: steps - 1], 1) + np.diag(off[: steps - 1], -1)
-    )
+    nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off[: steps - 1], 1) + np.diag(off[: steps - 1], -1))
     counts = len(y) * vectors[0] ** 2
     return tuple((float(np.expm1(centre + half * n)), float(c)) for n, c in zip(nodes, counts, strict=True))
