@@ -27,6 +27,7 @@ from torch_rmt.measures import (
     free_power,
     rectangular_product,
 )
+from torch_rmt.measures.subordination import _settle
 
 SIGNS = Discrete([-1.0, 1.0])
 IDENTITIES = {
@@ -209,3 +210,28 @@ def test_sums_with_points_stay_in_closed_form() -> None:
     assert free_add(PointMass(1.0), PointMass(2.0)).atoms() == ((3.0, 1.0),)
     assert free_mul(PointMass(2.0), MarchenkoPastur(0.5)).mean == 2.0
     assert free_mul(PointMass(0.0), MarchenkoPastur(0.5)).atoms() == ((0.0, 1.0),)
+
+
+@pytest.mark.parametrize("x", [-0.9, 4.2, 9.5])
+def test_of_all_real_solutions_only_the_stable_one_is_accepted(x: float) -> None:
+    # outside the support w = x + h_B(x + h_A(w)) has many real roots; one of them is the subordination function
+    one, two = Discrete([0.0, 1.0, 2.5], [0.5, 0.3, 0.2]), Discrete([0.0, 6.0], [0.6, 0.4])
+
+    def h(law: Discrete, w: np.ndarray) -> np.ndarray:
+        return 1.0 / law.stieltjes(w).real - w
+
+    def error(w: np.ndarray) -> np.ndarray:
+        return w - x - h(two, x + h(one, w))
+
+    total = free_add(one, two)
+    assert total.density(x) == 0.0
+    grid = np.linspace(-100, 100, 200001) + 1e-5
+    value = error(grid)
+    change = np.flatnonzero((value[1:] * value[:-1] < 0) & (np.abs(value[1:] - value[:-1]) < 1.0))
+    roots = np.array([brentq(lambda w: float(error(np.array(w))), grid[i], grid[i + 1], xtol=1e-14) for i in change])
+    assert len(roots) > 1
+    candidates = np.stack([roots, x + h(one, roots)]).astype(complex)
+    _, accepted = _settle(total.geometry, np.full(len(roots), complex(x)), candidates)  # type: ignore[attr-defined]
+    right = total.subordination(x).points[0, 0].real  # type: ignore[attr-defined]
+    assert accepted.sum() == 1
+    assert roots[accepted] == pytest.approx(right, rel=1e-9)
