@@ -32,7 +32,7 @@ demo: $(VENV)/.demo-is-installed
 	$(BIN)/torch-rmt demo --out "$(OUT)"
 
 test: $(VENV)/.test-is-installed
-	$(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 check: $(VENV)/.test-is-installed
 	$(BIN)/ruff check .

@@ -90,9 +90,9 @@ def compare(
         agrees = w1.ratio <= AGREES_UP_TO
     else:
         agrees = all(d is None or d.ratio <= AGREES_UP_TO for d in (ks, shape))
-    undecided = agrees and ks.value > _TOO_COARSE
+    decision = None if agrees and ks.value > _TOO_COARSE else agrees
     verdict = agreement_in_words(
-        agrees=None if undecided else agrees,
+        agrees=decision,
         kolmogorov=ks,
         shape=shape,
         scale=scale,
