@@ -109,7 +109,7 @@ def compare(
         distances,
         outliers,
         verdict + gradients_in_words(words),
-        None if undecided else agrees,
+        decision,
         facts,
     )
 
