@@ -15,11 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORT = "import torch_rmt.callbacks as c; print(c.__file__); c.SpectralMonitor"
 
 
+# The suite runs in an editable install, whose finder would answer before the copy under test does.
+ALONE = "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]"
+
+
 def run(code: str, cwd: Path, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r}); {code}"],
-        capture_output=True, text=True, cwd=cwd, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", f"import sys; {ALONE}; sys.path.insert(0, {str(path)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
