@@ -33,6 +33,8 @@ class Chain:
 
     # --- the equations
 
+    # Trial points may leave the domain: what is not finite is refused by the guards of the continuation.
+    @np.errstate(all="ignore")
     def evaluate(self, y: Points, v: Inner) -> State:
         """t, its slope and the mismatches at given unknowns; M in the closed lower half-plane, w_k in the upper."""
         m = np.exp(y)

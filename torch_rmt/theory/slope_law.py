@@ -62,6 +62,7 @@ class NodeLaw:
             end = max(end, high)
         return (*holes, (end, float("inf")))
 
+    @np.errstate(all="ignore")  # a trial point may hit a node
     def transform(self, w: Points) -> tuple[Points, Points, Points]:
         """M(w) = E[s / (w - s)], 1 + M(w) without cancellation, and M'(w), for Im w >= 0."""
         mass = self.weights * self.nodes
