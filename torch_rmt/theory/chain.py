@@ -66,6 +66,7 @@ class Chain:
         dy = residual / state.rate
         return dy, (dy[None, :] - state.mismatch) / state.pull
 
+    @np.errstate(all="ignore")
     def inner(self, m: Reals, *, above: bool) -> Float[np.ndarray, "kinds points"]:
         """log |w_k| at real M: w_k above its law for M > 0, on the negative axis for -lowest < M < 0."""
         result = np.zeros((len(self.kinds), len(m)))
