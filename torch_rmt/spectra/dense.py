@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_rmt.operators.base import LinearOperator
+from torch_rmt.operators import Dense
 
 
-class DenseOperator(LinearOperator):
+class DenseOperator(Dense):
     """The given matrix; `symmetric` is declared by the caller and checked.
 
     Raises ValueError if a matrix declared symmetric is not square or not symmetric to rounding.
@@ -22,28 +22,4 @@ class DenseOperator(LinearOperator):
             slack = 1e3 * torch.finfo(matrix.dtype).eps * float(matrix.norm())
             if float((matrix - matrix.T).norm()) > slack:
                 raise ValueError("the matrix is not symmetric: pass (M + M.T) / 2 or symmetric=False")
-        self.matrix = matrix
-        self.symmetric = symmetric
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return `(rows, columns)`."""
-        return self.matrix.shape[0], self.matrix.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors must live."""
-        return self.matrix.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating type of vectors."""
-        return self.matrix.dtype
-
-    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
-        """Multiply the matrix by the k columns of V."""
-        return self.matrix @ V
-
-    def adjoint(self) -> LinearOperator:
-        """Return the transposed matrix as an operator."""
-        return self if self.symmetric else DenseOperator(self.matrix.T)
+        super().__init__(matrix, symmetric=symmetric)
