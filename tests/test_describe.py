@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torch_rmt.describe import default_ends, describe, describe_between
+from torch_rmt.describe import default_ends, describe, describe_between, from_torch
 from torch_rmt.measures import PointMass
 from torch_rmt.operators import Jacobian
 from torch_rmt.theory import as_activation
-from torch_rmt.torch_activation import from_torch
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(7))
 

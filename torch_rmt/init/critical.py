@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from torch_rmt.forward_graph import WeightUse, record
+from torch_rmt.describe import WeightUse, record
 from torch_rmt.init.plan import Setting, make_plan
 from torch_rmt.init.signal import LayerSignal, chi_per_layer, gradient_ratio, signals
 

@@ -9,9 +9,7 @@ import numpy as np
 from scipy.optimize import brentq
 from torch import nn
 
-from torch_rmt.describe import Link, read_links
-from torch_rmt.forward_graph import ForwardGraph
-from torch_rmt.stretch import stretch_to
+from torch_rmt.describe import ForwardGraph, Link, read_links, stretch_to
 from torch_rmt.theory import Activation, gaussian_expectation
 from torch_rmt.theory.critical import CriticalPoint, critical_point
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_rmt.forward_graph import WeightUse, record
+from torch_rmt.describe import WeightUse, record
 
 
 @dataclass(frozen=True)

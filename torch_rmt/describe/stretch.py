@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rmt.forward_graph import Call, ForwardGraph, Ref
+from torch_rmt.describe.forward_graph import Call, ForwardGraph, Ref
 
 # Calls that move entries but change none; "pad" is one as part of a convolution.
 _KEEP = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "pad"}

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from torch_rmt.forward_graph import ForwardGraph, WeightUse, record
+from torch_rmt.describe.activation import from_torch
+from torch_rmt.describe.forward_graph import ForwardGraph, WeightUse, record
+from torch_rmt.describe.stretch import Stretch, stretch_to
 from torch_rmt.measures import PointMass
-from torch_rmt.stretch import Stretch, stretch_to
 from torch_rmt.theory import Activation, Architecture, Layer
 from torch_rmt.theory.gaussian import gaussian_rule
-from torch_rmt.torch_activation import from_torch
 
 _GRID = np.linspace(-7.3, 7.3, 401)
 
