@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
+
+from torch_rmt.theory.layer_factor import LogProductLaw
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,9 @@ class GradientNormLaw:
         skewness, excess_kurtosis: of log ||J u||^2; zero where only the limit (a Gaussian) is known.
         exact: whether mean and variance are exact at these widths or hold to leading order in 1/width.
         assumptions, reference: in words.
-
-    The Gaussian limit is corrected for skewness and kurtosis (Cornish and Fisher), so that bands keep their rate of
-    false alarms at small widths: within a tenth of it for a skewness up to 0.5, a fifth up to 1 (two ReLU layers of
-    12 units).
+        law: the distribution function itself, where it is known (homogeneous activations): bands then raise false
+            alarms at the stated rate at every width. Without it the Gaussian limit is corrected for skewness and
+            kurtosis (Cornish and Fisher), as far as they are known.
     """
 
     mean: float
@@ -35,6 +36,7 @@ class GradientNormLaw:
     exact: bool = False
     assumptions: tuple[str, ...] = ()
     reference: str = ""
+    law: LogProductLaw | None = field(default=None, repr=False)
 
     @property
     def beta(self) -> float:
@@ -43,16 +45,40 @@ class GradientNormLaw:
 
     def log_quantile(self, p: ArrayLike) -> Float[np.ndarray, "..."]:
         """Quantile of log ||J u||^2 at probability p."""
-        z = ndtri(np.asarray(p, dtype=float))
+        levels = np.asarray(p, dtype=float)
+        z = ndtri(levels)
         skew, kurt = self.skewness, self.excess_kurtosis
         shifted = (
             z + skew * (z**2 - 1.0) / 6.0 + kurt * (z**3 - 3.0 * z) / 24.0 - skew**2 * (2.0 * z**3 - 5.0 * z) / 36.0
         )
-        return np.asarray(self.mean + np.sqrt(self.variance) * shifted)
+        value = np.asarray(self.mean + np.sqrt(self.variance) * shifted)
+        if self.law is None:
+            return value
+        exact = [self._exact_quantile(float(level)) for level in levels.ravel()]
+        return np.array(exact).reshape(levels.shape)
+
+    def _exact_quantile(self, level: float) -> float:
+        if not 0.0 < level < 1.0:
+            return float(np.sign(level - 0.5)) * np.inf if 0.0 <= level <= 1.0 else np.nan
+        deviation = float(np.sqrt(self.variance))
+        low, high = self.mean - 4.0 * deviation, self.mean + 4.0 * deviation
+        while self._exact_cdf(low) >= level:
+            low -= 4.0 * deviation
+        while self._exact_cdf(high) < level and high < self.mean + 60.0 * deviation:
+            high += 4.0 * deviation
+        return float(brentq(lambda y: self._exact_cdf(y) - level, low, high, xtol=1e-12 * (1.0 + abs(self.mean))))
+
+    def _exact_cdf(self, y: float) -> float:
+        return float(self.log_cdf(np.array(y)))
 
     def log_cdf(self, y: ArrayLike) -> Float[np.ndarray, "..."]:
-        """P(log ||J u||^2 <= y), by the Edgeworth expansion, clipped to [0, 1]."""
-        x = (np.asarray(y, dtype=float) - self.mean) / np.sqrt(self.variance)
+        """P(log ||J u||^2 <= y): exact where `law` is known, else by the Edgeworth expansion, clipped to [0, 1]."""
+        at = np.asarray(y, dtype=float)
+        if self.law is not None:
+            return self.law.cdf(at)
+        if self.variance == 0.0:
+            return np.asarray(at >= self.mean, dtype=float)
+        x = (at - self.mean) / np.sqrt(self.variance)
         skew, kurt = self.skewness, self.excess_kurtosis
         gauss = np.exp(-0.5 * x**2) / np.sqrt(2.0 * np.pi)
         correction = (
@@ -82,6 +108,8 @@ class GradientNormLaw:
         """The factor that the norm is off by in one network out of `one_in`."""
         if not one_in > 1.0:
             raise ValueError(f"one_in must exceed 1, got {one_in}")
+        if self.variance == 0.0:
+            return float(np.exp(0.5 * abs(self.mean - self.log_mean_field)))
         spread = abs(self.mean - self.log_mean_field) + 12.0 * float(np.sqrt(self.variance))
         log_factor = brentq(
             lambda y: self.probability_off_by(float(np.exp(y))) - 1.0 / one_in, 1e-12, spread, xtol=1e-12
