@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_rmt.operators.losses import Loss, count_terms
-from torch_rmt.operators.pure import PureModel, first_tensor
+from torch_rmt.operators.pure import PureModel, first_tensor, tree_map
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,32 @@ def read_batches(data: Any, pure: PureModel, loss: Loss) -> list[Batch]:
             raise ValueError("every target of the batch is ignored by the loss; pass at least one that counts")
         batches.append(Batch(inputs, targets, samples, terms))
     return batches
+
+
+def cut(batch: Batch, size: int, loss: Loss) -> list[Batch] | None:
+    """Parts of at most `size` samples, or None where the batch cannot be cut or a part has no term.
+
+    Tensors whose first dimension is a multiple of the samples (tokens, say) are cut along it, others (a mask,
+    say) are given to every part; whether that is right, the caller must check.
+    """
+    parts = []
+    for start in range(0, batch.samples, size):
+        stop = min(start + size, batch.samples)
+
+        def piece(t: Tensor, start: int = start, stop: int = stop) -> Tensor:
+            if t.ndim == 0 or t.shape[0] % batch.samples:
+                return t
+            each = t.shape[0] // batch.samples
+            return t[start * each : stop * each]
+
+        if not isinstance(batch.targets, Tensor):
+            return None
+        inputs, targets = tree_map(piece, batch.inputs), piece(batch.targets)
+        terms = count_terms(loss, targets, stop - start)
+        if terms == 0:
+            return None
+        parts.append(Batch(inputs, targets, stop - start, terms))
+    return parts
 
 
 def sample_count(inputs: Any) -> int:

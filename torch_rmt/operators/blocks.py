@@ -22,7 +22,7 @@ def layer_blocks(
     `groups` maps a label to parameter names or globs; by default a group is a module with parameters of its
     own. The gradient's graph is built once and every block multiplies through it: a product with a block
     reaches back no further than its own layer. The first block is checked against the operator; where the
-    shared graph does not agree or cannot be built, each block becomes an operator of its own.
+    shared graph does not agree, cannot be built or does not fit, blocks multiply through the whole operator.
 
     Raises:
         ValueError: a group that matches no parameter of the operator.
@@ -34,13 +34,15 @@ def layer_blocks(
         {'0': (9, 9), '1': (4, 4)}
     """
     indices = _grouped(operator, groups)
+    if not operator.keep:  # shared graphs are kept graphs, and they do not fit
+        return {name: _Restricted(operator, index) for name, index in indices.items()}
     try:
         graphs = _SharedGraphs(operator)
         blocks: dict[str, LinearOperator] = {name: _Block(graphs, index) for name, index in indices.items()}
         if _agrees(operator, next(iter(blocks.values())), next(iter(indices.values()))):
             return blocks
-    except (RuntimeError, NotImplementedError):  # what plain autograd refuses, the ladder may still do
-        pass
+    except (RuntimeError, NotImplementedError, MemoryError):
+        pass  # what plain autograd refuses, or what memory has no room for, the operator may still do
     return {name: _Restricted(operator, index) for name, index in indices.items()}
 
 
@@ -96,8 +98,8 @@ class _SharedGraphs:
 
     def product(self, index: list[int], pieces: list[Tensor]) -> list[Tensor]:
         """Block of one group times one vector, in the shapes of its parameters."""
-        total = [torch.zeros_like(p) for p in pieces]
         leaves = [self.leaves[i] for i in index]
+        total: list[Tensor] = []
         for b, (graph, weight) in enumerate(zip(self.graphs, self.weights, strict=True)):
             if isinstance(self.operator, GaussNewton):
                 output, seed, *gradients = graph
@@ -105,8 +107,9 @@ class _SharedGraphs:
                 columns = _pull([output], leaves, [self.middles[b](image.unsqueeze(0))[0]])
             else:
                 columns = _pull([graph[i] for i in index], leaves, pieces)
-            for t, c in zip(total, columns, strict=True):
-                t += weight * c
+            if len(self.graphs) > 1:
+                columns = [weight * c for c in columns]
+            total = columns if not total else [t + c for t, c in zip(total, columns, strict=True)]
         return total
 
 
@@ -125,6 +128,7 @@ class _Part(LinearOperator):
 
     def __init__(self, whole: Curvature, index: list[int]) -> None:
         self.whole, self.index = whole, index
+        self.positive = whole.positive  # of Gauss-Newton only once it has multiplied
         self.sizes = [whole.pure.sizes[i] for i in index]
 
     @property
@@ -160,7 +164,9 @@ class _Block(_Part):
             for v in V.detach().T:
                 pieces = [p.reshape(s) for p, s in zip(torch.split(v, self.sizes), shapes, strict=True)]
                 columns.append(torch.cat([t.flatten() for t in self.graphs.product(self.index, pieces)]))
-        return torch.stack(columns, dim=1) if columns else V.clone()
+        if len(columns) == 1:
+            return columns[0].unsqueeze(1)
+        return torch.stack(columns).T if columns else V.clone()
 
 
 class _Restricted(_Part):

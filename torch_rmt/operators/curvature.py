@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.operators.batches import Batch, read_batches
+from torch_rmt.operators.batches import Batch, cut, read_batches
 from torch_rmt.operators.engines import FIRST_ORDER, SECOND_ORDER, Differentiable, Products, Tensors, gradient
 from torch_rmt.operators.ladder import Choice, climb
 from torch_rmt.operators.losses import Loss, checked_loss, output_curvature
-from torch_rmt.operators.memory import fits_in_memory
+from torch_rmt.operators.memory import graph_bytes, is_out_of_memory, room_for_graphs
 from torch_rmt.operators.pure import PureModel
 
 Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of rows (k, n)
@@ -26,7 +26,9 @@ class Curvature(LinearOperator):
 
     The parameters, modes and data are those at construction. Graphs are built at the first product and kept
     while they fit; `engine` says how products are made and what proved it, `notes` what was replaced or given
-    up.
+    up. `max_memory` bounds the bytes of graphs and vectors: first the graphs are built anew in every product,
+    then batches are cut into parts (where the parts' losses average to the whole's). The same is done, after
+    smaller blocks of vectors, whenever a product runs out of memory.
     """
 
     symmetric = True
@@ -45,20 +47,61 @@ class Curvature(LinearOperator):
             raise TypeError(f"loss must be callable as loss(output, target), not {type(loss).__name__}")
         self.pure = PureModel(model, params)
         self.loss = loss
-        self.batches = read_batches(batch, self.pure, loss)
+        self.given = self.batches = read_batches(batch, self.pure, loss)
         self.samples = sum(b.samples for b in self.batches)
         self.terms = sum(b.terms for b in self.batches)
         with self.pure.guarded(), torch.no_grad():
             for b in self.batches:
                 checked_loss(loss(self.pure(self.pure.params, b.inputs), b.targets))
-        self.keep = fits_in_memory(self.pure, self.batches, max_memory)
         self.notes = self.pure.notes
-        if not self.keep:
-            self.notes += ("the graphs of all batches do not fit: recomputed in every product",)
         self.output_form = ""
         self._jacobian: Products | None = None
         self._kept: dict[int, Product] = {}
         self._choice: Choice | None = None
+        self.keep = True
+        if max_memory is not None or len(self.batches) > 1:
+            self._fit(max_memory)
+
+    def _fit(self, max_memory: int | None) -> None:
+        """Choose what to keep and how far to cut the batches, within bytes."""
+        room = room_for_graphs(self.pure, max_memory)
+        sizes = [graph_bytes(self.pure, b) for b in self.batches]
+        self.keep = sum(sizes) <= room
+        if self.keep:
+            return
+        self.notes += ("the graphs of all batches do not fit: recomputed in every product",)
+        largest = max(sizes)
+        while max_memory is not None and largest > room and self._halve_batches():
+            largest = max(graph_bytes(self.pure, b) for b in self.batches)
+        if max_memory is not None and largest > room:
+            self.notes += (
+                f"max_memory={max_memory} is not kept to: one part of a batch takes about {largest} bytes and cannot "
+                "be cut further; use smaller batches",
+            )
+
+    def _halve_batches(self) -> bool:
+        """Cut every batch in two, if the parts' losses average to the loss of the whole."""
+        parts: list[Batch] = []
+        for b in self.batches:
+            halves = cut(b, (b.samples + 1) // 2, self.loss) if b.samples > 1 else [b]
+            if halves is None:
+                return False
+            with self.pure.guarded(), torch.no_grad():
+                losses = [float(self.loss(self.pure(self.pure.params, h.inputs), h.targets)) for h in (b, *halves)]
+            mean = sum(h.terms * value for h, value in zip(halves, losses[1:], strict=True)) / b.terms
+            if not abs(mean - losses[0]) <= (1e-10 if self.dtype == torch.float64 else 1e-5) * (1e-3 + abs(losses[0])):
+                return False
+            parts += halves
+        if len(parts) == len(self.batches):
+            return False
+        self.batches = parts
+        largest = max(b.samples for b in parts)
+        self._note("batches are cut", f"into parts of at most {largest} samples")
+        return True
+
+    def _note(self, what: str, how: str) -> None:
+        """Say what was given up, in place of what was said about it before."""
+        self.notes = (*(n for n in self.notes if not n.startswith(what)), f"{what} {how}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,23 +130,49 @@ class Curvature(LinearOperator):
         return self
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
-        """Multiply by the k columns of V, in blocks."""
+        """Multiply by the k columns of V, in blocks; out of memory, in the next smaller way."""
         rows = V.detach().T.contiguous()
+        while True:
+            try:
+                return self._multiply(rows).T
+            except (RuntimeError, MemoryError) as problem:
+                if not is_out_of_memory(problem):
+                    raise
+                problem.__traceback__ = None  # its frames hold the graph
+                if not self._gave_up(problem):
+                    raise
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        if len(self.batches) == 1 and rows.shape[0] == 1:
+            return self._product(0)(rows)
         total = torch.zeros_like(rows)
         for index, batch in enumerate(self.batches):
             product = self._product(index)
-            weight = batch.terms / self.terms
-            start = 0
-            while start < rows.shape[0]:
-                try:
-                    total[start : start + self.chunk] += weight * product(rows[start : start + self.chunk])
-                    start += self.chunk
-                except torch.OutOfMemoryError:
-                    if self.chunk == 1:
-                        raise
-                    self.chunk = max(1, self.chunk // 2)
-                    self.notes += (f"out of memory: blocks of {self.chunk} vectors from here on",)
-        return total.T
+            width = self.chunk if self._choice is not None and self._choice.block == "vmap" else 1
+            for start in range(0, rows.shape[0], width):
+                block = slice(start, start + width)
+                total[block].add_(product(rows[block]), alpha=batch.terms / self.terms)
+        return total
+
+    def _gave_up(self, problem: BaseException) -> bool:
+        """Fall back to the next smaller plan after running out of memory; False where there is none."""
+        vmapped = self._choice is not None and self._choice.block == "vmap"
+        if vmapped and self.chunk > 1:
+            self.chunk //= 2
+            self._note("out of memory: blocks", f"of {self.chunk} vectors from here on")
+        elif self.keep and len(self.batches) > 1:
+            self._note("out of memory: graphs", "are recomputed in every product from here on")
+            self.keep = False
+        elif self._halve_batches():
+            self._note("out of memory: graphs", "of parts of the batches are recomputed in every product from here on")
+            self.keep = False
+        else:
+            return False
+        self._kept.clear()
+        self._jacobian = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
     def _product(self, index: int) -> Product:
         if index in self._kept:
@@ -191,12 +260,20 @@ class GaussNewton(Curvature):
 
     def first_order_products(self) -> Products:
         """Products with the Jacobian of the first batch's output by the parameters, from the kept graph."""
+        if len(self.batches) > len(self.given):  # cut into parts: the whole batch has no graph of its own
+            return self._first_order(self.given[0])
+        return self._first(self.batches[0])
+
+    def _first(self, batch: Batch) -> Products:
         if self._jacobian is None or not self.keep:
-            self._jacobian = self._first_order(self.batches[0])
+            self._jacobian = None
+            products = self._first_order(batch)
+            self._jacobian = products if self.keep else None
+            return products
         return self._jacobian
 
     def _prepare(self, batch: Batch, index: int) -> Product:
-        products = self.first_order_products() if index == 0 else self._first_order(batch)
+        products = self._first(batch) if index == 0 else self._first_order(batch)
         middle = self._middle(products.value, batch, index)
 
         def product(rows: Tensor) -> Tensor:

@@ -88,10 +88,10 @@ def dual_gram(
     pure = operator.pure
     if isinstance(operator, NeuralTangentKernel):
         inputs = operator.inputs
-    elif len(operator.batches) > 1:
+    elif len(operator.given) > 1:
         raise ValueError("the dual needs one batch: concatenate the batches, or use SLQ on the operator")
     else:
-        inputs = operator.batches[0].inputs
+        inputs = operator.given[0].inputs
     with pure.guarded(), torch.no_grad():
         output = pure(pure.params, inputs)
     _refuse_too_large(operator, output, max_memory)
@@ -156,13 +156,13 @@ def _factors(operator: GaussNewton | NeuralTangentKernel, output: Tensor) -> Ten
     """`Z` as cotangents, `(columns, samples, *output)`: column c of every sample at once."""
     n, size = output.shape[0], output[0].numel()
     if isinstance(operator, Fisher) and operator.kind != "exact":
-        return operator.residuals(output, operator.batches[0], 0).reshape(-1, *output.shape)
+        return operator.residuals(output, operator.given[0], 0).reshape(-1, *output.shape)
     basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
     basis = basis.expand(size, *output.shape).contiguous()
     if isinstance(operator, NeuralTangentKernel):
         return basis
     with operator.pure.guarded():
-        curvature = output_curvature(operator.loss, output, operator.batches[0].targets)
+        curvature = output_curvature(operator.loss, output, operator.given[0].targets)
         if curvature.root is not None:
             return curvature.root(basis)
         hessians = curvature.product(basis).reshape(size, n, size).permute(1, 2, 0)

@@ -55,10 +55,20 @@ def stacked(one: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
     """Apply a product to each vector of a block in turn."""
 
     def many(block: Tensors) -> Tensors:
+        if block[0].shape[0] == 1:
+            return tuple(t.unsqueeze(0) for t in one(tuple(t[0] for t in block)))
         results = [one(tuple(t[i] for t in block)) for i in range(block[0].shape[0])]
         return tuple(torch.stack(column) for column in zip(*results, strict=True))
 
     return many
+
+
+def unguarded(one: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
+    """As `stacked`, for a graph in whose products the module does not run again, so no guard is needed.
+
+    Where `torch.func` has run as well nothing is checkpointed: it refuses saved-tensor hooks.
+    """
+    return stacked(one)
 
 
 def batched(one: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
@@ -117,7 +127,7 @@ def autograd_first(f: Differentiable, block: Block) -> Products:
         return tuple(torch.autograd.grad(outputs, seed, vectors, retain_graph=True, materialize_grads=True))
 
     # No vmap here: a checkpointed forward pass that runs again inside must see plain tensors.
-    return Products(_guarded(f, leaves, stacked(push_one)), _guarded(f, leaves, stacked(pull_one)), value.detach())
+    return Products(_plain(f, leaves, push_one, block), _plain(f, leaves, pull_one, block), value.detach())
 
 
 def forward_mode(f: Differentiable, block: Block) -> Products:
@@ -211,7 +221,7 @@ def double_backward(f: Differentiable, block: Block) -> Products:
         outputs, vectors = zip(*pairs, strict=True)
         return tuple(torch.autograd.grad(outputs, leaves, vectors, retain_graph=True, materialize_grads=True))
 
-    push = _guarded(f, leaves, stacked(push_one))
+    push = _plain(f, leaves, push_one, block)
     return Products(push, push, torch.cat([g.detach().flatten() for g in gradients]))
 
 
@@ -257,8 +267,13 @@ def _quiet(product: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors
     return run
 
 
-def _guarded(f: Differentiable, leaves: Tensors, product: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
-    """Products that may run the module again (checkpointing)."""
+def _plain(
+    f: Differentiable, leaves: Tensors, one: Callable[[Tensors], Tensors], block: Block
+) -> Callable[[Tensors], Tensors]:
+    """Products of plain autograd; they may run the module again (checkpointing) unless `block` knows better."""
+    product = block(one)
+    if block is unguarded:
+        return _quiet(product)
 
     def run(v: Tensors) -> Tensors:
         with f.guard():

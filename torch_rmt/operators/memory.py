@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +30,21 @@ def saved_bytes(pure: PureModel, inputs: object) -> int:
     return sum(size for pointer, size in seen.items() if pointer not in own)
 
 
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether an exception says that memory ran out: CUDA's, Python's, or the CPU allocator's RuntimeError.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), is_out_of_memory(ValueError())
+        (True, False)
+    """
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = str(problem).lower()
+    return isinstance(problem, RuntimeError) and any(
+        said in words for said in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be had on the device."""
     if device.type == "cuda":
@@ -45,11 +59,13 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def fits_in_memory(pure: PureModel, batches: Sequence[Batch], max_memory: int | None) -> bool:
-    """Whether the graphs of all batches may be kept: within `max_memory`, or half of what is free."""
-    if max_memory is None and len(batches) == 1:
-        return True
-    limit = max_memory if max_memory is not None else free_bytes(pure.device) // 2
-    largest = max(batches, key=lambda b: b.samples)
-    per_sample = saved_bytes(pure, largest.inputs) / largest.samples
-    return KEPT_OVER_FORWARD * per_sample * sum(b.samples for b in batches) <= limit
+def graph_bytes(pure: PureModel, batch: Batch) -> int:
+    """Bytes of the graph that is kept for products with one batch, estimated from one forward pass."""
+    return KEPT_OVER_FORWARD * saved_bytes(pure, batch.inputs)
+
+
+def room_for_graphs(pure: PureModel, max_memory: int | None) -> int:
+    """Bytes left for graphs: `max_memory` less three vectors, or half of what is free."""
+    if max_memory is None:
+        return free_bytes(pure.device) // 2
+    return max(0, max_memory - 3 * pure.n_params * pure.dtype.itemsize)
