@@ -5,10 +5,11 @@ from torch_rmt.operators.arithmetic import Combination, Dense, Scaled, Transpose
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.blocks import layer_blocks
 from torch_rmt.operators.closure import ClosureHessian, adam_scale
-from torch_rmt.operators.curvature import Curvature, Fisher, GaussNewton, GradientCovariance, Hessian
+from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian
 from torch_rmt.operators.distributed import AllReduced, unsharded
 from torch_rmt.operators.dual import DualGram, dual_gram
 from torch_rmt.operators.engines import EngineError
+from torch_rmt.operators.fisher import Fisher, GradientCovariance
 from torch_rmt.operators.jacobian import Jacobian
 from torch_rmt.operators.kernel import NeuralTangentKernel, conjugate_kernel
 from torch_rmt.operators.plan import Cost, Plan, cost, plan, prefers_dual

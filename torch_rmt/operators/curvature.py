@@ -1,27 +1,27 @@
-"""Curvature of a loss in parameter space: Hessian, Gauss-Newton, Fisher, gradient covariance."""
+"""Curvature of a loss in parameter space: Hessian and Gauss-Newton."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.batches import Batch, cut, read_batches
-from torch_rmt.operators.engines import FIRST_ORDER, SECOND_ORDER, Differentiable, Products, Tensors, gradient
-from torch_rmt.operators.ladder import Choice, climb
+from torch_rmt.operators.engines import FIRST_ORDER, SECOND_ORDER, Differentiable, Products, Tensors
+from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import Loss, checked_loss, output_curvature
 from torch_rmt.operators.memory import graph_bytes, is_out_of_memory, room_for_graphs
+from torch_rmt.operators.of_model import SymmetricOfModel
 from torch_rmt.operators.pure import PureModel
 
 Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of rows (k, n)
 
 
-class Curvature(LinearOperator):
+class Curvature(SymmetricOfModel):
     """A symmetric matrix over the parameters, an average over batches; base of Hessian and Gauss-Newton.
 
     The parameters, modes and data are those at construction. Graphs are built at the first product and kept
@@ -31,7 +31,6 @@ class Curvature(LinearOperator):
     smaller blocks of vectors, whenever a product runs out of memory.
     """
 
-    symmetric = True
     chunk = 16
 
     def __init__(
@@ -57,7 +56,6 @@ class Curvature(LinearOperator):
         self.output_form = ""
         self._jacobian: Products | None = None
         self._kept: dict[int, Product] = {}
-        self._choice: Choice | None = None
         self.keep = True
         if max_memory is not None or len(self.batches) > 1:
             self._fit(max_memory)
@@ -107,27 +105,6 @@ class Curvature(LinearOperator):
     def shape(self) -> tuple[int, int]:
         """Parameters by parameters."""
         return (self.pure.n_params, self.pure.n_params)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters live."""
-        return self.pure.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the parameters (float32 for half precision)."""
-        return self.pure.dtype
-
-    @property
-    def engine(self) -> str:
-        """How products are made, and what confirmed it."""
-        if self._choice is None:
-            self._product(0)
-        return str(self._choice)
-
-    def adjoint(self) -> LinearOperator:
-        """Return itself: symmetric."""
-        return self
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Multiply by the k columns of V, in blocks; out of memory, in the next smaller way."""
@@ -181,6 +158,9 @@ class Curvature(LinearOperator):
         if self.keep:
             self._kept[index] = product
         return product
+
+    def _chosen(self) -> None:
+        self._product(0)
 
     @abstractmethod
     def _prepare(self, batch: Batch, index: int) -> Product:
@@ -286,131 +266,8 @@ class GaussNewton(Curvature):
         with self.pure.guarded():
             curvature = output_curvature(self.loss, output, batch.targets)
         self.output_form = curvature.form
+        self.positive = (index == 0 or self.positive) and curvature.root is not None
         return curvature.product
-
-
-class Fisher(GaussNewton):
-    """Fisher information matrix of the likelihood whose negative logarithm is the loss.
-
-    * `kind="exact"`: `E_y [g g^T]` over the model's own predictions; equals Gauss-Newton for categorical,
-      Gaussian and Bernoulli likelihoods, and is refused for losses that are none of these.
-    * `kind="sampled"`: the expectation over `draws` drawn labels per term, fixed by `seed`.
-    * `kind="empirical"`: `1/N sum_n g_n g_n^T`, `g_n` the gradient of sample n's loss with the true target
-    (for
-      models that treat samples apart; batch normalisation in train mode does not).
-
-    Other arguments and errors as for `Hessian`.
-
-    Raises:
-        ValueError: an unknown kind.
-        TypeError: exact or sampled Fisher of a loss that is no known negative log-likelihood.
-
-    Source: Martens 2020; Kunstner, Balles, Hennig 2019 (why empirical is another matrix).
-
-    Example:
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.0]])
-        >>> Fisher(model, torch.nn.functional.mse_loss, (x, y)).matmat(torch.ones(1, 1))
-        tensor([[5.]])
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        batch: Any,
-        params: str | Sequence[str] | None = None,
-        *,
-        kind: Literal["exact", "sampled", "empirical"] = "exact",
-        draws: int = 1,
-        seed: int = 0,
-        max_memory: int | None = None,
-    ) -> None:
-        if kind not in ("exact", "sampled", "empirical"):
-            raise ValueError(f"kind must be 'exact', 'sampled' or 'empirical', not {kind!r}")
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1, not {draws}")
-        super().__init__(model, loss, batch, params, max_memory=max_memory)
-        self.kind, self.draws, self.seed = kind, draws, seed
-        if kind != "empirical":
-            first = self.batches[0]
-            with self.pure.guarded():
-                output = self.pure(self.pure.params, first.inputs).detach()
-            self._known_likelihood(output, first)
-
-    def _known_likelihood(self, output: Tensor, batch: Batch) -> Callable[[torch.Generator], Tensor]:
-        with self.pure.guarded():
-            draw = output_curvature(self.loss, output, batch.targets).draw
-        if draw is None:
-            raise TypeError(
-                "this loss is not recognised as the negative log-likelihood of a categorical, Gaussian or "
-                "Bernoulli output (cross-entropy, mean square error, binary cross-entropy with logits); "
-                "use GaussNewton, or Fisher(..., kind='empirical')"
-            )
-        return draw
-
-    def _middle(self, output: Tensor, batch: Batch, index: int) -> Product:
-        if self.kind == "exact":
-            return super()._middle(output, batch, index)
-        factors = self.residuals(output, batch, index)
-        self.output_form = "rank one per sample"
-
-        def product(u: Tensor) -> Tensor:
-            flat_u = u.reshape(u.shape[0], 1, batch.samples, -1)
-            overlap = (factors * flat_u).sum(-1, keepdim=True)
-            return (factors * overlap).sum(1).reshape(u.shape)
-
-        return product
-
-    def residuals(self, output: Tensor, batch: Batch, index: int) -> Float[Tensor, "draws samples outputs"]:
-        """Vectors z with `F = sum_draws sum_n (J_n^T z_n)(J_n^T z_n)^T` for this batch."""
-        if self.kind == "empirical":
-            leaf = output.detach().clone().requires_grad_()
-            with self.pure.guarded():
-                (r,) = torch.autograd.grad(checked_loss(self.loss(leaf, batch.targets)), leaf)
-            scale = (self.samples * batch.terms / self.terms) ** 0.5
-            scaled: Tensor = scale * r.reshape(1, batch.samples, -1)
-            return scaled
-        draw = self._known_likelihood(output, batch)
-        generator = torch.Generator(device=self.device).manual_seed(self.seed * 1_000_003 + index)
-        drawn: Tensor = torch.stack([draw(generator) for _ in range(self.draws)]) / self.draws**0.5
-        return drawn.reshape(self.draws, batch.samples, -1)
-
-
-class GradientCovariance(Fisher):
-    """Covariance of per-sample gradients, `1/N sum_n (g_n - g)(g_n - g)^T`: the noise of SGD.
-
-    Arguments and errors as for `Hessian`.
-
-    Source: McCandlish et al. 2018 (gradient noise scale).
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        batch: Any,
-        params: str | Sequence[str] | None = None,
-        *,
-        max_memory: int | None = None,
-    ) -> None:
-        super().__init__(model, loss, batch, params, kind="empirical", max_memory=max_memory)
-        self._mean: Tensor | None = None
-
-    def gradient(self) -> Float[Tensor, " columns"]:
-        """Mean gradient over all batches."""
-        if self._mean is None:
-            total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-            for b in self.batches:
-                pieces = gradient(self._loss_of(b), self.pure.params)[1]
-                total += b.terms / self.terms * torch.cat([g.flatten() for g in pieces])
-            self._mean = total
-        return self._mean
-
-    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
-        """Columns `F_emp v - g (g . v)`."""
-        g = self.gradient()
-        return super().matmat(V) - torch.outer(g, g @ V)
 
 
 def flat(pieces: Tensors) -> Tensor:

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.operators.curvature import Curvature, Fisher, GradientCovariance
+from torch_rmt.operators.curvature import Curvature
+from torch_rmt.operators.fisher import Fisher, GradientCovariance
 
 
 class AllReduced(LinearOperator):
@@ -36,6 +37,7 @@ class AllReduced(LinearOperator):
         if isinstance(operator, GradientCovariance):
             raise TypeError("a gradient covariance is not the mean of the ranks'; reduce Fisher(kind='empirical')")
         self.local, self.group = operator, group
+        self.positive = operator.positive
         own = [float(operator.terms), float(operator.samples), float(operator.shape[0])]
         totals = torch.tensor(own, dtype=torch.float64, device=operator.device)
         dist.all_reduce(totals, group=group)

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torch_rmt.operators.contractions import module_gram
-from torch_rmt.operators.curvature import Fisher, GaussNewton, flat
+from torch_rmt.operators.curvature import GaussNewton, flat
 from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
+from torch_rmt.operators.fisher import GradientCovariance, PerSample
 from torch_rmt.operators.kernel import NeuralTangentKernel
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import output_curvature
@@ -105,18 +106,28 @@ def dual_gram(
         if rest:
             layers[_PRODUCTS] = _by_products(pure, inputs, rest, factors)
         total = torch.stack(list(layers.values())).sum(0) if by_layer else _summed(layers)
+        if isinstance(operator, GradientCovariance):
+            total, layers = _centred(total), {name: _centred(gram) for name, gram in layers.items()}
         if _confirmed(operator, total, factors):
             method = "Gram matrices of the modules" + (f"; {len(rest)} parameters by products" if rest else "")
             return DualGram(total, layers if by_layer else {}, operator.shape[0], method)
         # Samples that mix (batch normalisation in train mode) have no per-sample gradients.
         reason = "the samples of this batch depend on one another"
     total = _by_products(pure, inputs, list(pure.names), factors)
+    if isinstance(operator, GradientCovariance):
+        total = _centred(total)
     return DualGram(total, {}, operator.shape[0], f"products with every column ({reason})")
+
+
+def _centred(gram: Tensor) -> Tensor:
+    """Gram matrix of the columns less their mean, which makes a second moment a covariance."""
+    left = gram - gram.mean(0, keepdim=True)
+    return left - left.mean(1, keepdim=True)
 
 
 def _refuse_too_large(operator: GaussNewton | NeuralTangentKernel, output: Tensor, max_memory: int | None) -> None:
     columns = output[0].numel()
-    if isinstance(operator, Fisher) and operator.kind != "exact":
+    if isinstance(operator, PerSample) and operator.kind != "exact":
         columns = operator.draws if operator.kind == "sampled" else 1
     rows = output.shape[0] * columns
     # The sum, one module's part and the float64 copy for the eigenvalues; cotangents at the output and one
@@ -155,7 +166,7 @@ def _by_modules(pure: PureModel, inputs: Any, factors: Tensor) -> tuple[dict[str
 def _factors(operator: GaussNewton | NeuralTangentKernel, output: Tensor) -> Tensor:
     """`Z` as cotangents, `(columns, samples, *output)`: column c of every sample at once."""
     n, size = output.shape[0], output[0].numel()
-    if isinstance(operator, Fisher) and operator.kind != "exact":
+    if isinstance(operator, PerSample) and operator.kind != "exact":
         return operator.residuals(output, operator.given[0], 0).reshape(-1, *output.shape)
     basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
     basis = basis.expand(size, *output.shape).contiguous()
@@ -270,6 +281,8 @@ def _confirmed(operator: GaussNewton | NeuralTangentKernel, gram: Tensor, factor
     columns, samples = factors.shape[:2]
     generator = torch.Generator(device=gram.device).manual_seed(4)
     w = torch.randn(gram.shape[0], generator=generator, dtype=gram.dtype, device=gram.device)
+    if isinstance(operator, GradientCovariance):
+        w -= w.mean()
     image = gram @ w
     if isinstance(operator, NeuralTangentKernel):
         expected = operator.matmat(w.unsqueeze(1))[:, 0]

@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.batches import sample_count
 from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.jacobian import in_blocks
-from torch_rmt.operators.ladder import Choice, climb
+from torch_rmt.operators.ladder import climb
+from torch_rmt.operators.of_model import SymmetricOfModel
 from torch_rmt.operators.places import check_called, find_place, hooked, tensor_at
 from torch_rmt.operators.pure import PureModel
 
 
-class NeuralTangentKernel(LinearOperator):
+class NeuralTangentKernel(SymmetricOfModel):
     """Empirical neural tangent kernel `Theta = J J^T` of a batch, `(samples x outputs)` squared.
 
     J is the Jacobian of all outputs by the parameters, rows in the order of `output.flatten()`. No
@@ -38,6 +38,7 @@ class NeuralTangentKernel(LinearOperator):
     """
 
     symmetric = True
+    positive = True
     chunk = 16
 
     def __init__(self, model: nn.Module, inputs: Any, params: str | Sequence[str] | None = None) -> None:
@@ -47,7 +48,6 @@ class NeuralTangentKernel(LinearOperator):
         with self.pure.guarded(), torch.no_grad():
             self._output_shape = self.pure(self.pure.params, self.inputs).shape
         self._products: Products | None = None
-        self._choice: Choice | None = None
         self.notes = self.pure.notes
 
     @property
@@ -55,21 +55,8 @@ class NeuralTangentKernel(LinearOperator):
         """(samples x outputs) twice."""
         return (self._output_shape.numel(), self._output_shape.numel())
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters live."""
-        return self.pure.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the parameters."""
-        return self.pure.dtype
-
-    @property
-    def engine(self) -> str:
-        """How products are made, and what confirmed it."""
+    def _chosen(self) -> None:
         self._prepared()
-        return str(self._choice)
 
     def _prepared(self) -> Products:
         if self._products is None:
@@ -88,10 +75,6 @@ class NeuralTangentKernel(LinearOperator):
         """Columns `J J^T u`."""
         products = self._prepared()
         return in_blocks(V, self._output_shape, lambda u: products.push(products.pull(u)), self.chunk, self.shape[0])
-
-    def adjoint(self) -> LinearOperator:
-        """Return itself: symmetric."""
-        return self
 
 
 def conjugate_kernel(model: nn.Module, inputs: Any, layer: str | None = None) -> Float[Tensor, "n n"]:
