@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from scipy.special import erf
 
-from torch_rmt.theory import as_activation, gaussian_expectation
-from torch_rmt.theory.correlation import pair_expectation
+from torch_rmt.theory import Activation, as_activation, gaussian_expectation, leaky_relu
+from torch_rmt.theory.correlation import pair_expectation, value_pair
 from torch_rmt.theory.gaussian import gaussian_rule
+from torch_rmt.theory.isometry import shifted_relu
+from torch_rmt.theory.moments import closed_moments
 
 VARIANCES = [1e-8, 1e-3, 0.1, 1.0, 10.0, 1e3, 1e4]
 
@@ -34,6 +38,67 @@ def test_rule_is_a_probability_with_gaussian_moments(q: float) -> None:
 def test_an_undeclared_jump_is_found_by_bisection() -> None:
     value = gaussian_expectation(lambda h: (h > 0.3).astype(float), 1.0)
     assert value == pytest.approx(0.5 * (1 - erf(0.3 / np.sqrt(2))), abs=1e-11)
+
+
+CLOSED = ["linear", "relu", leaky_relu(0.2), "abs", "erf", "scaled_erf", "gelu", "sin", "hard_tanh", "relu6",
+          "hard_sigmoid", shifted_relu(0.7)]  # fmt: skip
+
+
+@pytest.mark.parametrize("q", [1e-8, 1e-4, 0.02, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("activation", CLOSED, ids=str)
+def test_closed_moments_against_split_quadrature(activation: str | Activation, q: float) -> None:
+    """Two derivations of every Gaussian moment that mean field uses."""
+    phi = as_activation(activation)
+    closed = closed_moments(phi)
+    assert closed is not None
+
+    def expect(function: Callable[[np.ndarray], np.ndarray]) -> float:
+        return gaussian_expectation(function, q, phi.kinks)
+
+    square, slope = expect(lambda h: phi.value(h) ** 2), expect(lambda h: phi.derivative(h) ** 2)
+    assert closed.square(q) == pytest.approx(square, rel=1e-14)
+    assert closed.square_slope(q) == pytest.approx(slope, rel=1e-14)
+    assert closed.mean(q) == pytest.approx(expect(phi.value), abs=1e-14 * square**0.5)
+    assert closed.mean_slope(q) == pytest.approx(expect(phi.derivative), abs=1e-14 * slope**0.5)
+    rate = expect(lambda h: h * phi.value(h) * phi.derivative(h)) / q
+    assert closed.square_rate(q) == pytest.approx(rate, abs=3e-15 * (square / q + slope))
+    for c in (0.0, 0.05, 0.9, 0.999, 1.0):
+        if phi.name == "sin" and q > 100:
+            continue  # the pair quadrature does not resolve 10 periods a deviation; the closed form is the better one
+        both = pair_expectation(phi.value, q, c, phi.kinks)
+        # Slopes that jump limit the quadrature, not the closed form.
+        both_slopes = pair_expectation(phi.derivative, q, c, phi.kinks)
+        assert closed.pair(q, c) == pytest.approx(both, abs=1e-12 * square)
+        assert closed.pair_slope(q, c) == pytest.approx(both_slopes, abs=1e-12 * slope)
+
+
+@pytest.mark.parametrize("activation", CLOSED, ids=str)
+def test_closed_pairs_are_correlation_functions(activation: str | Activation) -> None:
+    """At c = 1 the square, at c = 0 the squared mean, d/dc the pair of slopes (Price); at c < 0 too."""
+    closed = closed_moments(as_activation(activation))
+    assert closed is not None
+    for q in (0.3, 5.0):
+        assert closed.pair(q, 1.0) == pytest.approx(closed.square(q), rel=1e-14)
+        assert closed.pair(q, 0.0) == pytest.approx(closed.mean(q) ** 2, abs=1e-14 * closed.square(q))
+        assert closed.pair_slope(q, 0.0) == pytest.approx(closed.mean_slope(q) ** 2, abs=1e-14)
+        for c in (-0.95, -0.4, 0.6):
+            step = 1e-4
+            change = (closed.pair(q, c + step) - closed.pair(q, c - step)) / (2 * step)
+            assert q * closed.pair_slope(q, c) == pytest.approx(change, rel=1e-6, abs=1e-7)
+            assert abs(closed.pair(q, c)) <= closed.square(q)
+        grown = (closed.square(q * 1.0001) - closed.square(q * 0.9999)) / (2e-4 * q)
+        assert closed.square_rate(q) == pytest.approx(grown, rel=1e-6, abs=1e-9)
+        assert closed.pair(q, -1.0) == pytest.approx(closed.pair(q, -1.0 + 1e-12), abs=1e-6 * closed.square(q))
+
+
+def test_where_a_closed_form_loses_its_digits_quadrature_takes_over() -> None:
+    phi = as_activation("hard_tanh")
+    closed = closed_moments(phi)
+    assert closed is not None
+    assert np.isnan(closed.pair(1e6, 0.5))
+    # sign(u1) sign(u2) in the limit
+    assert value_pair(phi, 1e6, 0.5) == pytest.approx(1 / 3, abs=2e-3)
+    assert closed_moments(Activation("other", phi.value, np.ones_like, phi.kinks)) is None
 
 
 def test_bad_input() -> None:

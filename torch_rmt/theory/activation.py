@@ -10,6 +10,8 @@ from functools import singledispatch
 import numpy as np
 from jaxtyping import Float
 
+from torch_rmt.theory.closed_forms import GaussianMoments
+
 Array = Float[np.ndarray, "..."]
 Number = float | int  # what users pass where a float is meant; checked at run time in the tests
 ArrayFunction = Callable[[Array], Array]
@@ -23,12 +25,15 @@ class Activation:
         name: "tanh", "relu", ...; for a user's callable its `__name__`.
         value, derivative: act elementwise on float64 arrays of any shape.
         kinks: points where the derivative (or the value) is not smooth; quadrature is split there.
+        closed: Gaussian moments in closed form where they are known; None leaves them to quadrature, except that
+            piecewise-linear functions get theirs from their kinks and slopes.
     """
 
     name: str
     value: ArrayFunction
     derivative: ArrayFunction
     kinks: tuple[float, ...] = ()
+    closed: GaussianMoments | None = None
 
     def slopes(self) -> tuple[float, ...] | None:
         """The slope of each piece, from left to right, if the function is piecewise linear; else None.
@@ -42,8 +47,9 @@ class Activation:
         ends = np.array([-60.0, *self.kinks, 60.0])
         # Irrational multiples, so that a periodic function is not met at its period.
         inside = np.modf(np.arange(1, 400) * (np.sqrt(5) - 1) / 2)[0]
-        slopes = np.asarray(self.derivative(ends[:-1, None] + np.diff(ends)[:, None] * inside), dtype=np.float64)
-        if np.ptp(slopes, axis=1).max() > 1e-9 * max(1.0, float(np.abs(slopes).max())):
+        with np.errstate(over="ignore", invalid="ignore"):
+            slopes = np.asarray(self.derivative(ends[:-1, None] + np.diff(ends)[:, None] * inside), dtype=np.float64)
+        if not np.isfinite(slopes).all() or np.ptp(slopes, axis=1).max() > 1e-9 * max(1.0, float(np.abs(slopes).max())):
             return None
         return tuple(float(s) for s in np.median(slopes, axis=1))
 

@@ -17,12 +17,13 @@ _FARTHEST = 37.0
 _PANELS = 2000
 # Panel edges in units of the standard deviation, and distances from each kink (and 0) in units of the activation's
 # own scale, which is one. Both found by tuning on tanh, GELU and ReLU for variances of 1e-8 to 1e4.
-_IN_DEVIATIONS = np.array([0.0, 1.0, 2.0, 3.2, 4.6, 6.4, _REACH])
+IN_DEVIATIONS = np.array([0.0, 1.0, 2.0, 3.2, 4.6, 6.4, _REACH])
 _IN_UNITS = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 8.0])
 
 
 @cache
-def _legendre(order: int) -> tuple[Float[np.ndarray, " order"], Float[np.ndarray, " order"]]:
+def legendre(order: int) -> tuple[Float[np.ndarray, " order"], Float[np.ndarray, " order"]]:
+    """Gauss-Legendre nodes and weights on [-1, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(order)
     return nodes, weights
 
@@ -31,7 +32,7 @@ def _edges(deviation: float, kinks: Sequence[float], reach: float = _REACH) -> F
     """Panel edges from -reach to +reach deviations, in the variable h, split at kinks and graded near them."""
     last = reach * deviation
     tail = np.arange(_REACH, reach, 1.5)[1:] if reach > _REACH else np.empty(0)
-    scaled = deviation * np.concatenate([_IN_DEVIATIONS, tail, [reach]])
+    scaled = deviation * np.concatenate([IN_DEVIATIONS, tail, [reach]])
     centres = np.array([0.0, *kinks])
     graded = (centres[:, None] + np.concatenate([-_IN_UNITS, _IN_UNITS])[None, :]).ravel()
     edges = np.unique(np.concatenate([-scaled, scaled, graded, np.asarray(kinks, dtype=np.float64)]))
@@ -56,12 +57,18 @@ def gaussian_rule(
         >>> bool(abs(weights @ nodes**4 - 3 * 4.0**2) < 1e-12)
         True
     """
-    variance = _checked(variance)
+    variance = checked_variance(variance)
     if variance == 0.0:
         return np.zeros(1), np.ones(1)
     deviation = float(np.sqrt(variance))
-    edges = _edges(deviation, kinks)
-    unit, unit_weights = _legendre(order)
+    return panel_rule(_edges(deviation, kinks), deviation, order)
+
+
+def panel_rule(
+    edges: Float[np.ndarray, " edges"], deviation: float, order: int
+) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]:
+    """The same on given panels: Gauss-Legendre nodes h, weights of the Gaussian density, normalised to one."""
+    unit, unit_weights = legendre(order)
     half = np.diff(edges)[:, None] / 2
     nodes = (edges[:-1, None] + half * (1 + unit)).ravel()
     weights = (half * unit_weights).ravel() * _gauss_density(nodes, deviation)
@@ -90,7 +97,7 @@ def gaussian_expectation(
         >>> round(gaussian_expectation(np.abs, 1.0, kinks=(0.0,)), 12) == round((2 / np.pi) ** 0.5, 12)
         True
     """
-    variance = _checked(variance)
+    variance = checked_variance(variance)
     if variance == 0.0:
         return float(function(np.zeros(1))[0])
     deviation = float(np.sqrt(variance))
@@ -106,7 +113,8 @@ def gaussian_expectation(
     return total
 
 
-def _checked(variance: float) -> float:
+def checked_variance(variance: float) -> float:
+    """Return the variance as a float, or say what is wrong with it."""
     if not (np.isfinite(variance) and variance >= 0):
         raise ValueError(f"the variance of a Gaussian must be finite and >= 0, got {variance}.")
     return float(variance)
@@ -123,7 +131,7 @@ def _integrate(
     edges: Float[np.ndarray, " edges"],
 ) -> tuple[float, float, float]:
     """Adaptive integral, the integral of |f|, and what the two outermost panels hold of the latter."""
-    unit, unit_weights = _legendre(20)
+    unit, unit_weights = legendre(20)
 
     def panels(
         low: Float[np.ndarray, " panels"], high: Float[np.ndarray, " panels"]

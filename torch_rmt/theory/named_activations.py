@@ -7,6 +7,7 @@ from jaxtyping import Inexact
 from scipy.special import erf, erfc, expit, ndtr
 
 from torch_rmt.theory.activation import Activation, Array, leaky_relu
+from torch_rmt.theory.closed_forms import ErrorFunction, GaussianLinear, Sine
 
 Points = Inexact[np.ndarray, "..."]
 
@@ -84,15 +85,20 @@ _TABLE = (
     Activation("relu", lambda h: np.maximum(h, 0.0), lambda h: np.where(h > 0, 1.0, 0.0), (0.0,)),
     Activation("leaky_relu", leaky_relu(0.01).value, leaky_relu(0.01).derivative, (0.0,)),
     Activation("tanh", np.tanh, _sech2),
-    Activation("erf", lambda h: erf(h), lambda h: 2 / np.sqrt(np.pi) * np.exp(-(h**2))),
-    Activation("scaled_erf", lambda h: erf(np.sqrt(np.pi) / 2 * h), lambda h: np.exp(-np.pi / 4 * h**2)),
+    Activation("erf", lambda h: erf(h), lambda h: 2 / np.sqrt(np.pi) * np.exp(-(h**2)), closed=ErrorFunction(1.0)),
+    Activation(
+        "scaled_erf",
+        lambda h: erf(np.sqrt(np.pi) / 2 * h),
+        lambda h: np.exp(-np.pi / 4 * h**2),
+        closed=ErrorFunction(float(np.sqrt(np.pi) / 2)),
+    ),
     Activation(
         "hard_tanh",
         lambda h: np.clip(h, -1.0, 1.0),
         lambda h: np.where((h > -1) & (h < 1), 1.0, 0.0),
         (-1.0, 1.0),
     ),
-    Activation("gelu", lambda h: h * ndtr(h), lambda h: _normal_cdf(h) + h * _gauss(h)),
+    Activation("gelu", lambda h: h * ndtr(h), lambda h: _normal_cdf(h) + h * _gauss(h), closed=GaussianLinear()),
     Activation("gelu_tanh", _gelu_tanh, _gelu_tanh_derivative),
     Activation("silu", lambda h: h * expit(h), _silu_derivative),
     Activation("mish", lambda h: h * np.tanh(np.logaddexp(0, h)), _mish_derivative),
@@ -107,7 +113,7 @@ _TABLE = (
     Activation("log_sigmoid", lambda h: -np.logaddexp(0, -h), lambda h: _sigmoid(-h)),
     Activation("softplus", lambda h: np.logaddexp(0, h), _sigmoid),
     Activation("softsign", lambda h: h / (1 + np.abs(h)), _softsign_derivative, (0.0,)),
-    Activation("sin", np.sin, np.cos),
+    Activation("sin", np.sin, np.cos, closed=Sine()),
     Activation("relu6", lambda h: np.clip(h, 0.0, 6.0), lambda h: np.where((h > 0) & (h < 6), 1.0, 0.0), (0.0, 6.0)),
     Activation(
         "hard_sigmoid",
