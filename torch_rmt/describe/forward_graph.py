@@ -224,7 +224,7 @@ def record(
     parameters = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
     recorder = _Recorder(parameters, on_weight)
     with undisturbed(module), _named(module, recorder), torch.set_grad_enabled(differentiate is not None):
-        args, kwargs = _map((args, kwargs), lambda t: t.clone() if t.is_inference() else t)
+        args, kwargs = _map((args, kwargs), torch.clone)  # a first layer may work in place
         graph = recorder.graph
         graph.inputs = tuple(recorder.number(t, data=True) for t in _tensors((args, kwargs)))
         for n in graph.inputs:

@@ -107,7 +107,7 @@ class Jacobian(LinearOperator):
                 def keep(output: Any, place: Any = place) -> None:
                     t = tensor_at(place, output)
                     if place is self._source:
-                        found.append(t)
+                        found.append(t.clone())  # the next module may work in place
 
                 counts.append((place, asked, stack.enter_context(hooked(place, keep))))
             output = self.pure.raw(self.pure.params, self.inputs)
@@ -118,7 +118,7 @@ class Jacobian(LinearOperator):
         return found[-1]
 
     def _run(self, point: Tensor) -> Tensor:
-        full = point
+        full = point.clone()  # the next module may work in place
         if self.sample is not None:
             full = torch.cat([self._full[: self.sample], point, self._full[self.sample + 1 :]])
         inserted = [self._source is None]

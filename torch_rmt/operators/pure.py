@@ -171,7 +171,7 @@ class PureModel:
             torch.cuda.manual_seed_all(self.seed)
         tensors = {**self.frozen, **dict(zip(self.names, params, strict=True))}
         tensors.update({name: b.clone() for name, b in self.buffers.items()})
-        args, kwargs = _arguments(inputs)
+        args, kwargs = _arguments(tree_map(torch.clone, inputs))  # a first layer may work in place
         if not self.weight_normed:
             return functional_call(self.module, tensors, args, kwargs)
         with _ComposedWeightNorm():

@@ -55,7 +55,7 @@ class LayerNorms:
 
 
 def _note(place: Place, caught: list[Tensor], output: Any) -> None:
-    caught.append(tensor_at(place, output))
+    caught.append(tensor_at(place, output).clone())  # the next module may work in place
 
 
 def _note_shape(place: Place, shapes: list[torch.Size], output: Any) -> None:
@@ -130,6 +130,7 @@ class _Passes:
     def values(self, point: Tensor) -> Tensor:
         """Values at all places, side by side, `(samples, sum of sizes)`."""
         caught: list[Tensor] = []
+        point = point.clone()  # the next module may work in place
         with ExitStack() as stack:
             if self.source is not None:
                 stack.enter_context(hooked(self.source, lambda output: replace_first(output, point)))
@@ -284,7 +285,7 @@ def activation_slopes(
         def keep(m: nn.Module, args: tuple[Any, ...]) -> None:
             t = first_tensor(args)
             if t is not None:
-                found.setdefault(id(m), []).append(t.detach())
+                found.setdefault(id(m), []).append(t.detach().clone())
 
         for m in {p.module for p in passes.places}:
             stack.callback(m.register_forward_pre_hook(keep).remove)
@@ -305,7 +306,7 @@ def activation_slopes(
 
 def _diagonal(module: nn.Module, entered: Tensor) -> Tensor | None:
     """Derivative of an elementwise module, or None: the ones vector must tell the whole Jacobian."""
-    first = first_tensor(module(entered))
+    first = first_tensor(module(entered.clone()))
     if first is None or not first.requires_grad:
         return None
     (d,) = torch.autograd.grad(first, entered, torch.ones_like(first), retain_graph=True)
