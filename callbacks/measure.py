@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch_rmt.callbacks.base import Measurement, Point
 from torch_rmt.compare import Report
-from torch_rmt.diagnose import WHAT, diagnose, jacobian_report
+from torch_rmt.diagnose import diagnose, freeness_report, jacobian_report
 
 # Lanczos steps, times parts, times the cost of a product; seen on a 48-layer network.
-_GRADIENTS = {"jacobian": 50.0, "hessian": 600.0, "gauss_newton": 200.0, "fisher": 200.0}
-CURVATURES = tuple(name for name in WHAT if name != "jacobian")
+_GRADIENTS = {"jacobian": 50.0, "freeness": 100.0, "hessian": 600.0, "gauss_newton": 200.0, "fisher": 200.0}
+CURVATURES = ("hessian", "gauss_newton", "fisher")
 
 
 def jacobian_measurement(source: str | None, target: str | None) -> Measurement:
@@ -20,6 +20,15 @@ def jacobian_measurement(source: str | None, target: str | None) -> Measurement:
         return (jacobian_report(point.model, point.inputs, source, target),)
 
     return Measurement(measure, _GRADIENTS["jacobian"])
+
+
+def freeness_measurement(source: str | None, target: str | None) -> Measurement:
+    """Measure the Jacobian between two modules and, one by one, its factors."""
+
+    def measure(point: Point) -> Sequence[Report]:
+        return (freeness_report(point.model, point.inputs, source, target),)
+
+    return Measurement(measure, _GRADIENTS["freeness"])
 
 
 def curvature_measurement(what: Sequence[str]) -> Mapping[str, Measurement]:

@@ -1,4 +1,4 @@
-"""`SpectralMonitor` and its two parts, `JacobianSpectrum` and `CurvatureSpectrum`."""
+"""`SpectralMonitor` and its two parts, `JacobianSpectrum` and `CurvatureSpectrum`, and `FreenessGap`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch_rmt.callbacks.base import Measurement, SpectralCallback
-from torch_rmt.callbacks.measure import curvature_measurement, jacobian_measurement
+from torch_rmt.callbacks.measure import curvature_measurement, freeness_measurement, jacobian_measurement
 
 Curvature = Literal["hessian", "fisher", "gauss_newton"]
 
@@ -35,6 +35,29 @@ class JacobianSpectrum(SpectralCallback):
     def measurements(self, has_loss: bool) -> Mapping[str, Measurement]:
         """Return the one measurement; it needs no loss."""
         return {"jacobian": self._measurement}
+
+
+class FreenessGap(SpectralCallback):
+    """Logs the same Jacobian beside the free product of its measured factors: the structure that training builds.
+
+    Unlike the law of the architecture this one holds at every step as long as the layers stay free of one another;
+    the distance is how far training has aligned them, whatever it did to each layer's own spectrum.
+
+    Args:
+        source, target: as for `JacobianSpectrum`.
+        others: as for `SpectralCallback`.
+
+    Example:
+        >>> gap = FreenessGap(schedule=lambda step: step % 200 == 0)
+    """
+
+    def __init__(self, *, source: str | None = None, target: str | None = None, **others: Any) -> None:
+        super().__init__(**others)
+        self._measurement = freeness_measurement(source, target)
+
+    def measurements(self, has_loss: bool) -> Mapping[str, Measurement]:
+        """Return the one measurement; it needs no loss."""
+        return {"freeness": self._measurement}
 
 
 class CurvatureSpectrum(SpectralCallback):

@@ -38,6 +38,6 @@ from tests.theory.drawn_matrices import PREDICTIONS as PREDICTIONS  # noqa: E402
 
 # --- callbacks ------------------------------------------------------------------------------------------------------
 # Every callback that measures; all take the settings of SpectralCallback.
-from torch_rmt.callbacks import CurvatureSpectrum, JacobianSpectrum, SpectralMonitor  # noqa: E402
+from torch_rmt.callbacks import CurvatureSpectrum, FreenessGap, JacobianSpectrum, SpectralMonitor  # noqa: E402
 
-CALLBACKS = {cls.__name__: cls for cls in (SpectralMonitor, JacobianSpectrum, CurvatureSpectrum)}
+CALLBACKS = {cls.__name__: cls for cls in (SpectralMonitor, JacobianSpectrum, CurvatureSpectrum, FreenessGap)}

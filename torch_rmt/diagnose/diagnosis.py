@@ -6,24 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from torch_rmt.compare import Report, compare, freeness_gap
-from torch_rmt.describe import default_ends, describe_between
+from torch_rmt.compare import Report
+from torch_rmt.diagnose.parts import freeness_report
+from torch_rmt.diagnose.reports import curvature_report, hessian_report, jacobian_report
 from torch_rmt.init import LayerSignal, chi_per_layer, gradient_ratio, signals
-from torch_rmt.learning_rate import largest_eigenvalue
-from torch_rmt.operators import Combination, Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
-from torch_rmt.spectra import SLQ, Spectrum, exact
-from torch_rmt.theory import jacobian_spectrum
 
-WHAT = ("jacobian", "hessian", "gauss_newton", "fisher")
-_DENSE = 512  # up to this size a dense decomposition costs less than an estimate
-_DEPTH = 48  # Lanczos steps
-_SAMPLES = 20_000  # probes times dimension: sqrt(2 / (dim probes)) is then below the resolution of so many steps
+WHAT = ("jacobian", "freeness", "hessian", "gauss_newton", "fisher")
 
 
 @dataclass(frozen=True)
@@ -108,15 +101,17 @@ def diagnose(
     """Measure the spectra of a model on a batch and put each beside its law; the model is not disturbed.
 
     "jacobian": of the first sample, over the longest run of equally wide hidden layers (input to output where
-    there is none), against the law for the architecture that was read off. "hessian": of the loss, against
-    the free sum of its measured parts, Gauss-Newton and residual. "gauss_newton", "fisher": measured; theory
-    has no law for them in a general network, and the report says so.
+    there is none), against the law for the architecture that was read off; valid at initialisation.
+    "freeness": the same matrix against the free product of its measured factors, valid at any step of training:
+    the distance is what training has aligned. "hessian": of the loss, against the free sum of its measured
+    parts, Gauss-Newton and residual. "gauss_newton", "fisher": measured; theory has no law for them in a
+    general network, and the report says so.
 
     Args:
         model: in the mode that it is in.
         batch: (inputs, targets).
         loss: loss(output, target) -> scalar, a mean over the batch.
-        what: any of "jacobian", "hessian", "gauss_newton", "fisher".
+        what: any of "jacobian", "freeness", "hessian", "gauss_newton", "fisher".
         seed: of all probes.
 
     Raises:
@@ -145,87 +140,11 @@ def diagnose(
     for name in what:
         if name == "jacobian":
             reports.append(jacobian_report(model, inputs, seed=seed))
+        elif name == "freeness":
+            reports.append(freeness_report(model, inputs, seed=seed))
         elif name == "hessian":
             reports.append(hessian_report(model, batch, loss, seed=seed))
         else:
-            operator: LinearOperator
-            operator = (GaussNewton if name == "gauss_newton" else Fisher)(model, loss, batch)
-            reason = "theory has its law for one hidden layer of equal widths and Gaussian data only"
-            facts = _top(operator, seed)
-            reports.append(compare(measure(operator, seed), None, name=name, facts=facts, reason=reason))
+            kind: Literal["gauss_newton", "fisher"] = "gauss_newton" if name == "gauss_newton" else "fisher"
+            reports.append(curvature_report(model, batch, loss, kind, seed=seed))
     return Diagnosis(tuple(reports), found)
-
-
-def jacobian_report(
-    model: nn.Module,
-    inputs: Any,
-    source: str | None = None,
-    target: str | None = None,
-    *,
-    seed: int = 0,
-    name: str = "jacobian",
-) -> Report:
-    """Compare the Jacobian between two modules, for the first sample, with the law of its architecture.
-
-    With neither end given, over the longest run of equally wide hidden layers.
-    """
-    sample = first_sample(inputs)
-    if source is None and target is None:
-        source, target = default_ends(model, sample)
-    spectrum = measure(Jacobian(model, sample, source, target), seed)
-    facts: dict[str, float] = {}
-    try:
-        architecture = describe_between(model, sample, source, target)
-        facts["depth"] = depth = float(sum(isinstance(layer.ensemble, str) for layer in architecture.layers))
-        mean = spectrum.moment(1)[0]
-        if mean > 0:
-            facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
-        return compare(spectrum, jacobian_spectrum(architecture), name=name, facts=facts)
-    except (ValueError, ArithmeticError) as error:
-        return compare(spectrum, None, name=name, facts=facts, reason=str(error))
-
-
-def hessian_report(
-    model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor], *, seed: int = 0, name: str = "hessian"
-) -> Report:
-    """Compare the Hessian with the free sum of its two measured parts, H = Gauss-Newton + residual.
-
-    Where the free sum cannot be computed the report is without a law and says so. Fact "largest_eigenvalue"
-    is converged, unlike the ends of the estimated spectrum.
-    """
-    hessian, gauss_newton = Hessian(model, loss, batch), GaussNewton(model, loss, batch)
-    residual = Combination([hessian, gauss_newton], [1.0, -1.0])
-    parts = [measure(gauss_newton, seed + 1), measure(residual, seed + 2)]
-    whole, facts = measure(hessian, seed), _top(hessian, seed)
-    try:
-        return freeness_gap(parts, whole, kind="sum", name=name, facts=facts)
-    except (ValueError, ArithmeticError) as error:
-        reason = f"the free sum of Gauss-Newton and residual part was not found ({error})"
-        return compare(whole, None, name=name, facts=facts, reason=reason)
-
-
-def _top(operator: LinearOperator, seed: int) -> dict[str, float]:
-    top = largest_eigenvalue(operator, seed)
-    facts = {"largest_eigenvalue": top.value, "largest_eigenvalue_error": top.error}
-    if top.value > 0:
-        facts["max_lr"] = 2 / top.value
-    return facts
-
-
-def measure(operator: LinearOperator, seed: int = 0) -> Spectrum:
-    """Exact spectrum of a small operator, a Lanczos estimate of a large one."""
-    if min(operator.shape) <= _DENSE:
-        return exact(operator)
-    probes = max(1, min(8, _SAMPLES // min(operator.shape)))
-    return SLQ(probes=probes, depth=_DEPTH)(operator, torch.Generator().manual_seed(seed))
-
-
-def first_sample(inputs: Any) -> Any:
-    """The first sample of every tensor in the inputs, as a batch of one."""
-    if isinstance(inputs, Tensor):
-        return inputs[:1]
-    if isinstance(inputs, dict):
-        return {key: first_sample(value) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(first_sample(value) for value in inputs)
-    return inputs

@@ -1,0 +1,34 @@
+"""How much to spend on one operator, and on which sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_rmt.operators import LinearOperator
+from torch_rmt.spectra import SLQ, Spectrum, exact
+
+_DENSE = 512  # up to this size a dense decomposition costs less than an estimate
+_DEPTH = 48  # Lanczos steps
+_SAMPLES = 20_000  # probes times dimension: sqrt(2 / (dim probes)) is then below the resolution of so many steps
+
+
+def measure(operator: LinearOperator, seed: int = 0) -> Spectrum:
+    """Exact spectrum of a small operator, a Lanczos estimate of a large one."""
+    if min(operator.shape) <= _DENSE:
+        return exact(operator)
+    probes = max(1, min(8, _SAMPLES // min(operator.shape)))
+    return SLQ(probes=probes, depth=_DEPTH)(operator, torch.Generator().manual_seed(seed))
+
+
+def first_sample(inputs: Any) -> Any:
+    """The first sample of every tensor in the inputs, as a batch of one."""
+    if isinstance(inputs, Tensor):
+        return inputs[:1]
+    if isinstance(inputs, dict):
+        return {key: first_sample(value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(first_sample(value) for value in inputs)
+    return inputs

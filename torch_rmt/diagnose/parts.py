@@ -1,0 +1,51 @@
+"""The Jacobian against the free product of its measured factors: what training has aligned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from torch_rmt.compare import Report, compare, freeness_gap
+from torch_rmt.describe import SlopePart, WeightPart, default_ends, parts_between
+from torch_rmt.diagnose.measuring import first_sample, measure
+from torch_rmt.operators import Jacobian
+from torch_rmt.spectra import Spectrum
+
+
+def freeness_report(
+    model: nn.Module,
+    inputs: Any,
+    source: str | None = None,
+    target: str | None = None,
+    *,
+    seed: int = 0,
+    name: str = "freeness",
+) -> Report:
+    """Compare the Jacobian between two modules, for the first sample, with the free product of its measured factors.
+
+    J = D_L W_L ... D_1 W_1: each weight's squared singular values and each activation's squared slopes are measured
+    where the network is now, and combined as if they were free of one another. At initialisation they are, up to
+    finite width; the distance that grows from there is the alignment between layers that training has built. Ends as
+    in `jacobian_report`. Where the way is not understood, or has one factor, the report is without a law and says so.
+
+    Source: Collins and Hayase 2023 for the freeness at initialisation.
+    """
+    sample = first_sample(inputs)
+    if source is None and target is None:
+        source, target = default_ends(model, sample)
+    whole = measure(Jacobian(model, sample, source, target), seed)
+    try:
+        parts = [_spectrum(part, seed) for part in parts_between(model, sample, source, target)]
+        return freeness_gap(parts, whole, kind="product", name=name)
+    except (ValueError, ArithmeticError) as error:
+        return compare(whole, None, name=name, reason=str(error))
+
+
+def _spectrum(part: WeightPart | SlopePart, seed: int) -> Spectrum:
+    if isinstance(part, WeightPart):
+        return measure(Jacobian(part.module, part.example), seed)
+    squares = np.sort(part.slopes.cpu().numpy() ** 2)[None]
+    size = squares.shape[1]
+    return Spectrum(squares, np.full((1, size), 1 / size), size, matvecs=0, method="exact", symmetric=False)

@@ -1,0 +1,87 @@
+"""One matrix of a model, measured and put beside its law."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from torch_rmt.compare import Report, compare, freeness_gap
+from torch_rmt.describe import default_ends, describe_between
+from torch_rmt.diagnose.measuring import first_sample, measure
+from torch_rmt.learning_rate import largest_eigenvalue
+from torch_rmt.operators import Combination, Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
+from torch_rmt.theory import jacobian_spectrum
+
+
+def jacobian_report(
+    model: nn.Module,
+    inputs: Any,
+    source: str | None = None,
+    target: str | None = None,
+    *,
+    seed: int = 0,
+    name: str = "jacobian",
+) -> Report:
+    """Compare the Jacobian between two modules, for the first sample, with the law of its architecture.
+
+    With neither end given, over the longest run of equally wide hidden layers.
+    """
+    sample = first_sample(inputs)
+    if source is None and target is None:
+        source, target = default_ends(model, sample)
+    spectrum = measure(Jacobian(model, sample, source, target), seed)
+    facts: dict[str, float] = {}
+    try:
+        architecture = describe_between(model, sample, source, target)
+        facts["depth"] = depth = float(sum(isinstance(layer.ensemble, str) for layer in architecture.layers))
+        mean = spectrum.moment(1)[0]
+        if mean > 0:
+            facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
+        return compare(spectrum, jacobian_spectrum(architecture), name=name, facts=facts)
+    except (ValueError, ArithmeticError) as error:
+        return compare(spectrum, None, name=name, facts=facts, reason=str(error))
+
+
+def hessian_report(
+    model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor], *, seed: int = 0, name: str = "hessian"
+) -> Report:
+    """Compare the Hessian with the free sum of its two measured parts, H = Gauss-Newton + residual.
+
+    Where the free sum cannot be computed the report is without a law and says so. Fact "largest_eigenvalue"
+    is converged, unlike the ends of the estimated spectrum.
+    """
+    hessian, gauss_newton = Hessian(model, loss, batch), GaussNewton(model, loss, batch)
+    residual = Combination([hessian, gauss_newton], [1.0, -1.0])
+    parts = [measure(gauss_newton, seed + 1), measure(residual, seed + 2)]
+    whole, facts = measure(hessian, seed), _top(hessian, seed)
+    try:
+        return freeness_gap(parts, whole, kind="sum", name=name, facts=facts)
+    except (ValueError, ArithmeticError) as error:
+        reason = f"the free sum of Gauss-Newton and residual part was not found ({error})"
+        return compare(whole, None, name=name, facts=facts, reason=reason)
+
+
+def curvature_report(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor],
+    name: Literal["gauss_newton", "fisher"],
+    *,
+    seed: int = 0,
+) -> Report:
+    """Measure a Gauss-Newton or Fisher matrix, for which theory has no law in a general network."""
+    operator: LinearOperator = (GaussNewton if name == "gauss_newton" else Fisher)(model, loss, batch)
+    reason = "theory has its law for one hidden layer of equal widths and Gaussian data only"
+    facts = _top(operator, seed)
+    return compare(measure(operator, seed), None, name=name, facts=facts, reason=reason)
+
+
+def _top(operator: LinearOperator, seed: int) -> dict[str, float]:
+    top = largest_eigenvalue(operator, seed)
+    facts = {"largest_eigenvalue": top.value, "largest_eigenvalue_error": top.error}
+    if top.value > 0:
+        facts["max_lr"] = 2 / top.value
+    return facts
