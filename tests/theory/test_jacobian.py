@@ -232,6 +232,52 @@ def test_universality_classes() -> None:
         universality_class("relu")
 
 
+@pytest.mark.parametrize("variance", [0.01, 0.25, 1.0, 3.0])
+@pytest.mark.parametrize("name", ["hard_tanh", "tanh"])
+def test_universal_limits_as_measures(name: str, variance: float) -> None:
+    """Mass and moments by quantiles against Lagrange's series; S-transform; edge and atom of `LimitLaw`."""
+    limit = limit_law(name, variance)
+    law = limit.measure()
+    assert law.bounds()[1] == pytest.approx(limit.largest(), rel=1e-9)
+    assert limit.atom() is None or law.atoms() == (pytest.approx(limit.atom()),)
+    nodes, weights = np.polynomial.legendre.leggauss(30)
+    ends = np.concatenate([0.5 - 0.5 * np.cos(np.pi * np.linspace(0, 1, 41)), [1 - m for _, m in law.atoms()]])
+    half = np.diff(np.unique(ends))[:, None] / 2
+    x = law.quantile((np.unique(ends)[:-1, None] + half * (1 + nodes)).ravel())
+    assert law.mean == pytest.approx(1.0, rel=1e-13)
+    assert law.variance == pytest.approx(variance, rel=1e-12)
+    for k in (1, 2, 3, 4):
+        assert (half * weights).ravel() @ x**k == pytest.approx(law.moment(k), rel=1e-7)
+    for z in (-1.0, -0.01, 1.0 + 2.0j):
+        m = z * complex(law.stieltjes(np.array(z))) - 1
+        exponent = variance * (m if name == "tanh" else m / (1 + m))
+        assert (1 + m) / m * np.exp(exponent) == pytest.approx(z, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "variance"),
+    [("hard_tanh", 1.0, 0.25), (shifted_relu(1.0), 1.0, 2.0), ("tanh", 0.5, 0.25), ("erf", 0.5, 2.0)],
+)
+def test_deep_spectra_tend_to_their_universal_limit(name: object, rate: float, variance: float) -> None:
+    """Kolmogorov distance at q*(L), L = 64 to 4096: like 1 / L in the Bernoulli class, 1 / sqrt L in the smooth one."""
+    limit = limit_law(name, variance).measure()
+    p = np.linspace(0.02, 0.98, 97) * (min(variance, 1.0) if limit.atoms() else 1.0)
+    x, distances = limit.quantile(p), []
+    depths = np.array([64, 512, 4096])
+    for depth in depths.tolist():
+        point = critical_q(name, depth, variance)
+        arch = Architecture.mlp(
+            depth=depth, width=10, activation=name, sigma_w=point.sigma_w, ensemble="orthogonal", q=point.q_star
+        )
+        law = jacobian_spectrum(arch).measure
+        distances.append(np.abs(law.cdf(x) - p).max())
+        if limit.atoms():
+            (place, mass), (at, found) = limit.atoms()[0], law.atoms()[-1]
+            assert (at, found) == pytest.approx((place, mass), rel=3.0 / depth)
+    slope = np.polyfit(np.log(depths), np.log(distances), 1)[0]
+    assert slope == pytest.approx(-rate, abs=0.12)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="fit"):
         Architecture((Layer(3, 4, None, 1.0), Layer(5, 4, None, 1.0)))

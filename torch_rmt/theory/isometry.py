@@ -9,6 +9,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from torch_rmt.theory.activation import Activation, Number, as_activation
+from torch_rmt.theory.bernoulli_limit import bernoulli_limit
 from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.critical import CriticalPoint, critical_point
 from torch_rmt.theory.gaussian import gaussian_expectation, gaussian_rule
@@ -134,14 +135,8 @@ class LimitLaw:
         return float(np.exp(self.log_inverse(np.array(m))))
 
     def measure(self) -> JacobianLaw:
-        """The law itself, for the smooth class.
-
-        Raises:
-            ValueError: the Bernoulli class, which is known here by its edge and its atom.
-        """
-        if self.kind != "smooth":
-            raise ValueError("only the smooth class has its measure here; Bernoulli has atom() and largest().")
-        return smooth_limit(self.variance)
+        """The law itself."""
+        return smooth_limit(self.variance) if self.kind == "smooth" else bernoulli_limit(self.variance)
 
     def atom(self) -> tuple[float, float] | None:
         """(location, mass) of the atom at the top, which the Bernoulli class has for variances below one."""
