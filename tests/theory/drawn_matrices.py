@@ -13,6 +13,7 @@ from torch_rmt.theory import (
     Prediction,
     SphericalSpinGlass,
     conjugate_kernel_spectrum,
+    deep_fisher_spectrum,
     fisher_spectrum,
     gram_spectrum,
     hessian_spectrum,
@@ -73,7 +74,12 @@ class GramCase:
 
 
 def kernels(
-    activation: str, widths: tuple[int, ...], samples: int, sigma_w: float, generator: torch.Generator
+    activation: str,
+    widths: tuple[int, ...],
+    samples: int,
+    sigma_w: float,
+    generator: torch.Generator,
+    outputs: int = 1,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Conjugate kernels of all layers and the tangent kernel, for inputs drawn independently; activation odd."""
     phi = TORCH_ACTIVATIONS[activation]
@@ -87,14 +93,15 @@ def kernels(
         weights.append(w)
         slopes.append(slope)
         x.append(y.detach())
-    # the last weights with their expected length: it would only scale part of the kernel
-    last = normal(generator, widths[-1])
-    delta = (sigma_w * last / last.norm())[:, None] * slopes[-1]
-    tangent = x[-1].T @ x[-1]
+    top = x[-1].T @ x[-1]
+    tangent = torch.kron(torch.eye(outputs, dtype=torch.float64), top)
+    # one column a pair of output and sample
+    delta = (sigma_w * normal(generator, widths[-1], outputs) / widths[-1] ** 0.5)[:, :, None] * slopes[-1][:, None, :]
     for k in range(len(weights) - 1, -1, -1):
-        tangent = tangent + (delta.T @ delta) * (x[k].T @ x[k])
+        back, gram = delta.reshape(len(delta), -1), x[k].T @ x[k]
+        tangent = tangent + (back.T @ back) * gram.repeat(outputs, outputs)
         if k > 0:
-            delta = (weights[k].T @ delta) * slopes[k - 1]
+            delta = (weights[k].T @ back).reshape(-1, outputs, samples) * slopes[k - 1][:, None, :]
     conjugate = [torch.linalg.eigvalsh(layer.T @ layer / layer.shape[0]).numpy() for layer in x]
     return conjugate, torch.linalg.eigvalsh(tangent).numpy()
 
@@ -106,6 +113,7 @@ class KernelCase:
     samples: float
     sigma_w: float
     tangent: bool = False
+    outputs: int = 1
 
     def widths(self, n: int) -> tuple[int, ...]:
         return tuple(round(n * part) for part in self.shape)
@@ -113,11 +121,13 @@ class KernelCase:
     def predict(self, n: int) -> Prediction:
         settings = {"widths": self.widths(n), "n_samples": round(n * self.samples), "sigma_w": self.sigma_w}
         if self.tangent:
-            return neural_tangent_spectrum(self.activation, **settings)
+            return neural_tangent_spectrum(self.activation, **settings, n_outputs=self.outputs)
         return conjugate_kernel_spectrum(self.activation, **settings)[-1]
 
     def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
-        conjugate, tangent = kernels(self.activation, self.widths(n), round(n * self.samples), self.sigma_w, generator)
+        conjugate, tangent = kernels(
+            self.activation, self.widths(n), round(n * self.samples), self.sigma_w, generator, self.outputs
+        )
         return tangent if self.tangent else conjugate[-1]
 
 
@@ -128,7 +138,7 @@ class HessianCase:
     residual: str
 
     def predict(self, n: int) -> Prediction:
-        return hessian_spectrum(phi=self.phi, energy=self.energy, residual=self.residual)
+        return hessian_spectrum(phi=self.phi, energy=self.energy, residual=self.residual, dim=2 * n)
 
     def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
         """Wishart H0 plus H1: one hidden unit's block of the sum over samples of error x input, or a Wigner matrix."""
@@ -152,7 +162,7 @@ class FisherCase:
     activation: str
 
     def predict(self, n: int) -> Prediction:
-        return fisher_spectrum(self.activation)
+        return fisher_spectrum(self.activation, width=n)
 
     def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
         """The whole (2 n^2, 2 n^2) matrix, mean over 40 n^2 inputs, the activation centred."""
@@ -170,6 +180,48 @@ class FisherCase:
         cross = torch.einsum("oi,iaj->iaoj", second, (outer.T @ y / samples).reshape(n, n, n)).reshape(n * n, n * n)
         fisher = torch.cat([torch.cat([hidden, cross], 1), torch.cat([cross.T, output], 1)], 0)
         return torch.linalg.eigvalsh(fisher).numpy()
+
+
+def deep_theta(
+    activation: str, depth: int, n: int, sigma_w: float, ensemble: str, generator: torch.Generator
+) -> tuple[np.ndarray, list[float], list[torch.Tensor]]:
+    """Eigenvalues of J J^T / n by the chain rule, with the drawn |x|^2/n and D^2 of every layer."""
+    x = normal(generator, n)
+    x = x / x.norm() * n**0.5
+    theta, seconds, slopes2 = torch.zeros(n, n, dtype=torch.float64), [], []
+    for _ in range(depth):
+        weight = normal(generator, n, n) / n**0.5
+        if ensemble == "orthogonal":
+            q, r = torch.linalg.qr(weight)
+            weight = q * torch.sign(torch.diagonal(r))
+        weight = sigma_w * weight
+        seconds.append(float(x @ x) / n)
+        if slopes2:
+            root = slopes2[-1].sqrt()
+            theta = weight @ (root[:, None] * theta * root[None, :]) @ weight.T
+        theta = theta + seconds[-1] * torch.eye(n, dtype=torch.float64)
+        h = (weight @ x).requires_grad_(True)
+        y = TORCH_ACTIVATIONS[activation](h)
+        (slope,) = torch.autograd.grad(y.sum(), h)
+        slopes2.append(slope**2)
+        x = y.detach()
+    return torch.linalg.eigvalsh(theta).numpy(), seconds, slopes2
+
+
+@dataclass(frozen=True)
+class DeepFisherCase:
+    activation: str
+    depth: int
+    sigma_w: float
+    ensemble: str = "gaussian"
+
+    def predict(self, n: int) -> Prediction:
+        return deep_fisher_spectrum(
+            self.activation, depth=self.depth, width=n, sigma_w=self.sigma_w, ensemble=self.ensemble
+        )
+
+    def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
+        return deep_theta(self.activation, self.depth, n, self.sigma_w, self.ensemble, generator)[0]
 
 
 @dataclass(frozen=True)
@@ -196,7 +248,7 @@ class SpinGlassCase:
 class PredictionRow:
     """A prediction, the thing itself, three sizes, seeds a size, and the exponent at which W1 falls with the size."""
 
-    case: GramCase | KernelCase | HessianCase | FisherCase | SpinGlassCase
+    case: GramCase | KernelCase | HessianCase | FisherCase | DeepFisherCase | SpinGlassCase
     sizes: tuple[int, int, int] = (40, 80, 160)
     seeds: int = 4
     rate: float = 1.0
@@ -218,7 +270,14 @@ PREDICTIONS: dict[str, PredictionRow] = {
     "conjugate kernel, 3 layers": PredictionRow(KernelCase("tanh", (2.0, 3.0, 1.5, 2.5), 1.0, 1.5), constant=2.6),
     "conjugate kernel, deficient": PredictionRow(KernelCase("tanh", (1.0, 2.0, 0.5), 1.0, 1.2), constant=3.5),
     "tangent kernel": PredictionRow(
-        KernelCase("tanh", (2.0, 2.5, 3.0), 1.0, 1.3, tangent=True), constant=3.8, same_law=False
+        KernelCase("tanh", (2.0, 2.5, 3.0), 1.0, 1.3, tangent=True), seeds=16, rate=0.5, constant=1.0, same_law=False
+    ),
+    "tangent kernel, 3 outputs": PredictionRow(
+        KernelCase("tanh", (2.0, 2.5), 0.6, 1.3, tangent=True, outputs=3),
+        seeds=12,
+        rate=0.5,
+        constant=1.0,
+        same_law=False,
     ),
     "hessian relu": PredictionRow(HessianCase(0.5, 0.4, "relu"), constant=1.2),
     "hessian relu, few data": PredictionRow(HessianCase(2.5, 0.2, "relu"), constant=1.9),
@@ -226,5 +285,8 @@ PREDICTIONS: dict[str, PredictionRow] = {
     "fisher tanh": PredictionRow(FisherCase("tanh"), sizes=(6, 10, 16), constant=1.2),
     "fisher relu": PredictionRow(FisherCase("relu"), sizes=(6, 10, 16), constant=1.9),
     "fisher linear": PredictionRow(FisherCase("linear"), sizes=(6, 10, 18), constant=1.0),
+    "deep fisher relu": PredictionRow(
+        DeepFisherCase("relu", 3, 2.0**0.5), sizes=(24, 64, 160), seeds=24, rate=0.5, constant=1.9
+    ),
     "spin glass": PredictionRow(SpinGlassCase(), sizes=(24, 48, 96), constant=5.0),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.theory.drawn_matrices import TORCH_ACTIVATIONS, normal
+from tests.theory.drawn_matrices import TORCH_ACTIVATIONS, deep_theta, normal
 from torch_rmt.measures import FussCatalan
 from torch_rmt.theory import (
     DeepFisherLaw,
@@ -64,32 +64,6 @@ def test_deep_linear_two_layers_is_a_shifted_marchenko_pastur() -> None:
     known = FussCatalan(1).density((x - 0.7) / (1.3 * 0.9)) / (1.3 * 0.9)
     np.testing.assert_allclose(law.density(x), known, rtol=1e-8)
     np.testing.assert_allclose(law.cdf(x), FussCatalan(1).cdf((x - 0.7) / (1.3 * 0.9)), atol=1e-8)
-
-
-def deep_theta(
-    activation: str, depth: int, n: int, sigma_w: float, ensemble: str, generator: torch.Generator
-) -> tuple[np.ndarray, list[float], list[torch.Tensor]]:
-    """Eigenvalues of J J^T / n by the chain rule, with the drawn |x|^2/n and D^2 of every layer."""
-    x = normal(generator, n)
-    x = x / x.norm() * n**0.5
-    theta, seconds, slopes2 = torch.zeros(n, n, dtype=torch.float64), [], []
-    for _ in range(depth):
-        weight = normal(generator, n, n) / n**0.5
-        if ensemble == "orthogonal":
-            q, r = torch.linalg.qr(weight)
-            weight = q * torch.sign(torch.diagonal(r))
-        weight = sigma_w * weight
-        seconds.append(float(x @ x) / n)
-        if slopes2:
-            root = slopes2[-1].sqrt()
-            theta = weight @ (root[:, None] * theta * root[None, :]) @ weight.T
-        theta = theta + seconds[-1] * torch.eye(n, dtype=torch.float64)
-        h = (weight @ x).requires_grad_(True)
-        y = TORCH_ACTIVATIONS[activation](h)
-        (slope,) = torch.autograd.grad(y.sum(), h)
-        slopes2.append(slope**2)
-        x = y.detach()
-    return torch.linalg.eigvalsh(theta).numpy(), seconds, slopes2
 
 
 @pytest.mark.parametrize("ensemble", ["gaussian", "orthogonal"])

@@ -10,6 +10,7 @@ from torch_rmt.measures import MarchenkoPastur
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation, as_activation
 from torch_rmt.theory.conjugate_kernel_law import KernelLayer, LayeredKernelLaw
+from torch_rmt.theory.expected_error import quadratic_error, quadratic_share, rigid_error, scale_error
 from torch_rmt.theory.gaussian import gaussian_expectation
 from torch_rmt.theory.gram import NonlinearMoments, nonlinear_moments
 from torch_rmt.theory.prediction import Prediction
@@ -77,7 +78,7 @@ def conjugate_kernel_spectrum(
                 },
                 assumptions=_assumptions(moments, input_law),
                 reference=_REFERENCE + ", Theorem 3.4",
-                finite_size_error=2.0 * depth / min(*sizes[: depth + 1], n_samples),
+                finite_size_error=_expected_error(phi, sizes[: depth + 1], levels, n_samples),
             )
         )
     return tuple(predictions)
@@ -90,20 +91,24 @@ def neural_tangent_spectrum(
     n_samples: int,
     sigma_w: float = 1.0,
     sigma_x: float = 1.0,
+    n_outputs: int = 1,
     input_law: SpectralMeasure | None = None,
 ) -> Prediction:
-    """Predict the spectrum of the neural tangent kernel J J^T over n_samples inputs, one output.
+    """Predict the spectrum of the neural tangent kernel J J^T over n_samples inputs.
 
     f(x) = w . x_L on top of x_l = phi(W_l x_{l-1}), all weights trained and of variance sigma_w^2 / fan-in, no factors
     taken out (the standard parametrisation, as PyTorch differentiates it). In the limit
     NTK = n_L K_L + sum over l of n_{l-1} [s_l K_{l-1} + (r_l - s_l) eta_{l-1} I], r_l and s_l the products over k >=
-    l of sigma_w^2 E phi'^2 and sigma_w^2 (E phi')^2 at layer k.
+    l of sigma_w^2 E phi'^2 and sigma_w^2 (E phi')^2 at layer k. With C outputs J J^T is, in the limit, that matrix
+    times the identity of C: the same law, every eigenvalue C times; the blocks between outputs are of relative norm
+    1/sqrt(n_L).
 
     Arguments, errors: as `conjugate_kernel_spectrum`; widths (n_0, ..., n_L) leave out the output.
 
     Returns:
         Prediction with scalars "mean", "shift" (the multiple of the identity), "largest_eigenvalue", "max_stable_lr"
-        (2 n_samples / largest eigenvalue, for half the mean square error) and "smallest_eigenvalue".
+        (2 n_samples / largest eigenvalue, for half the square error, summed over outputs and averaged over samples),
+        "smallest_eigenvalue" and "dim", the n_samples n_outputs eigenvalues there are.
 
     Source: Fan and Wang 2020, Theorem 3.7.
 
@@ -113,9 +118,12 @@ def neural_tangent_spectrum(
     """
     phi = as_activation(activation)
     sizes = _sizes(widths, n_samples)
+    if n_outputs < 1:
+        raise ValueError(f"n_outputs must be at least 1, got {n_outputs}")
     base = _input_law(input_law, sizes, n_samples, sigma_x)
     levels = _levels(phi, sizes, sigma_w, sigma_x)
     depth = len(sizes) - 1
+    traces = []
     weights, shift, full, linear = [float(sizes[depth])], 0.0, 1.0, 1.0
     for layer in range(depth, 0, -1):
         q, moments = levels[layer - 1]
@@ -124,6 +132,7 @@ def neural_tangent_spectrum(
         linear *= sigma_w**2 * moments.zeta / q
         below = sigma_x**2 if layer == 1 else levels[layer - 2][1].eta
         weights.append(sizes[layer - 1] * linear)
+        traces.append(sizes[layer - 1] * full * below)
         shift += sizes[layer - 1] * max(full - linear, 0.0) * below
     if shift <= 1e-12 * sum(weights):
         shift = 0.0
@@ -142,11 +151,44 @@ def neural_tangent_spectrum(
             "smallest_eigenvalue": low,
             "largest_eigenvalue": high,
             "max_stable_lr": 2.0 * n_samples / high,
+            "dim": float(n_samples * n_outputs),
         },
-        assumptions=(*_assumptions(levels[-1][1], input_law), "one linear output, standard parametrisation"),
+        assumptions=(
+            *_assumptions(levels[-1][1], input_law),
+            ("one linear output" if n_outputs == 1 else f"{n_outputs} linear outputs, few against the last width")
+            + ", standard parametrisation",
+        ),
         reference=_REFERENCE + ", Theorem 3.7",
-        finite_size_error=2.0 * depth / min(*sizes, n_samples),
+        finite_size_error=min(
+            1.0,
+            float(
+                np.hypot(
+                    _expected_error(phi, sizes, levels, n_samples),
+                    scale_error(law, _scale_deviation(sizes, traces[::-1], law.mean)),
+                )
+            ),
+        ),
     )
+
+
+def _scale_deviation(sizes: tuple[int, ...], traces: list[float], total: float) -> float:
+    """Of the common scale of the gradients: the vector sent back through layer k has a chi-square of n_k in its length.
+
+    The layers' shares of the mean eigenvalue that lie below k move together.
+    """
+    shares = np.cumsum(traces) / total
+    return float(np.sqrt(sum(2.0 / n * share**2 for n, share in zip(sizes[1:], shares, strict=True))))
+
+
+def _expected_error(
+    phi: Activation, sizes: tuple[int, ...], levels: list[tuple[float, NonlinearMoments]], n_samples: int
+) -> float:
+    """Rigid eigenvalues, and the quadratic features of every layer."""
+    count = min(sizes[-1], n_samples)
+    error = rigid_error(count, n_samples)
+    for n_in, (q, _) in zip(sizes[:-1], levels, strict=False):
+        error += quadratic_error(quadratic_share(phi, q), n_in, count, n_samples)
+    return min(1.0, error)
 
 
 def _sizes(widths: Sequence[int], n_samples: int) -> tuple[int, ...]:

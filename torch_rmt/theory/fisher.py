@@ -53,18 +53,23 @@ def linear_fisher_density(x: ArrayLike) -> Float[np.ndarray, "..."]:
     return np.asarray(np.where(inside, value, 0.0))
 
 
-def fisher_spectrum(activation: object) -> Prediction:
+def fisher_spectrum(activation: object, *, width: int | None = None) -> Prediction:
     """Predict the spectrum of the Fisher matrix E_x J^T J of a network with one hidden layer, all widths equal.
 
     f(x) = W2 phi(W1 x), W entries of variance 1/n, x standard Gaussian, squared loss; J the (n, 2 n^2) Jacobian with
     respect to all weights. Mean eigenvalue (eta + eta')/2.
+
+    Args:
+        activation: as `as_activation` takes it.
+        width: n, if known: for the expected finite-size error, which here follows n and not the 2 n^2 eigenvalues (they
+            are functions of pairs of 2 n numbers).
 
     Returns:
         Prediction with scalars "eta", "eta_prime", "zeta", "mean", "second_moment", "largest_eigenvalue" (edge of the
         bulk) and "max_stable_lr" = 2 / largest eigenvalue.
 
     Raises:
-        ValueError: an unknown activation, a constant one, or one that jumps.
+        ValueError: an unknown activation, a constant one, or one that jumps; a width below 1.
 
     Source: Pennington and Worah 2018, The spectrum of the Fisher information matrix of a single-hidden-layer neural
     network, Theorem 1, rewritten as an average over 2 x 2 blocks (no branch to choose).
@@ -72,6 +77,8 @@ def fisher_spectrum(activation: object) -> Prediction:
     >>> round(fisher_spectrum("linear").scalars["largest_eigenvalue"], 12)
     8.0
     """
+    if width is not None and width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
     phi = as_activation(activation)
     law = fisher_law(phi)
     mean = nonlinear_moments(phi, 1.0).mean
@@ -99,4 +106,12 @@ def fisher_spectrum(activation: object) -> Prediction:
         },
         assumptions=tuple(assumptions),
         reference="Pennington and Worah 2018, Theorem 1",
+        finite_size_error=None if width is None else _expected_error(law, width),
     )
+
+
+def _expected_error(law: FisherLaw, width: int) -> float:
+    """0.45/n for a linear network, 0.75 log(n)/n where the two layers' entries differ: calibrated at n = 6 to 24."""
+    if not law.atoms():
+        return float(min(1.0, 0.75 * np.log(max(width, 2)) / width))
+    return min(1.0, 0.45 / width)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from torch_rmt.theory.activation import Activation, as_activation
+from torch_rmt.theory.expected_error import quadratic_error, quadratic_share, rigid_error, scale_error
 from torch_rmt.theory.gaussian import gaussian_expectation
 from torch_rmt.theory.gram_bias import GramBiasLaw
 from torch_rmt.theory.gram_law import SampleCovarianceLaw
@@ -143,5 +144,18 @@ def gram_spectrum(
         assumptions=tuple(assumptions),
         reference="Pennington and Worah 2017, Nonlinear random matrix theory for deep learning"
         + ("; Piccolo and Schröder 2021 (bias)" if sigma_b else ""),
-        finite_size_error=2.0 / min(n_in, n_out, n_samples),
+        finite_size_error=_expected_error(phi, law, variance + sigma_b**2, n_in, n_out, n_samples),
     )
+
+
+def _expected_error(
+    phi: Activation, law: SampleCovarianceLaw | GramBiasLaw, q: float, n_in: int, n_out: int, n_samples: int
+) -> float:
+    """Rigid eigenvalues, the quadratic features, and, with biases, the mean of the profiles over n_out of them."""
+    count = min(n_out, n_samples)
+    error = rigid_error(count, n_out) + quadratic_error(quadratic_share(phi, q), n_in, count, n_out)
+    if isinstance(law, GramBiasLaw):
+        profile = law.alpha + law.noise
+        deviation = float(np.sqrt(law.weight @ (profile - law.mean) ** 2 / n_out)) / law.mean
+        error = float(np.hypot(error, scale_error(law, deviation)))
+    return min(1.0, error)

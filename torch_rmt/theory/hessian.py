@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from torch_rmt.measures.base import SpectralMeasure
+from torch_rmt.theory.expected_error import rigid_error
 from torch_rmt.theory.free_levy import FreeLevy
 from torch_rmt.theory.prediction import Prediction
 
@@ -91,7 +92,9 @@ def index(law: SpectralMeasure) -> float:
     return max(0.0, float(law.cdf(np.array(0.0))) - at_zero)
 
 
-def hessian_spectrum(*, phi: float, energy: float, scale: float = 1.0, residual: Residual = "relu") -> Prediction:
+def hessian_spectrum(
+    *, phi: float, energy: float, scale: float = 1.0, residual: Residual = "relu", dim: int | None = None
+) -> Prediction:
     """Predict the spectrum of the Hessian of a network with one hidden layer at a point of given error.
 
     Args:
@@ -99,13 +102,14 @@ def hessian_spectrum(*, phi: float, energy: float, scale: float = 1.0, residual:
         energy: loss per output, half the mean square error (errors have variance 2 energy); >= 0.
         scale: mean eigenvalue of the Gauss-Newton part H0.
         residual: structure of H1: "relu" (products of errors and inputs) or "wigner" (independent entries).
+        dim: number of parameters, if known: for the expected finite-size error.
 
     Returns:
         Prediction with scalars "index", "critical_energy", "mean", "largest_eigenvalue", "smallest_eigenvalue" and
         "max_stable_lr" = 2 / largest eigenvalue.
 
     Raises:
-        ValueError: phi or scale not positive, or energy negative.
+        ValueError: phi or scale not positive, energy negative, or dim below 1.
 
     Source: Pennington and Bahri 2017, sections 3 and 4; the critical energies from z = z' = 0.
 
@@ -113,6 +117,8 @@ def hessian_spectrum(*, phi: float, energy: float, scale: float = 1.0, residual:
     0.0
     """
     _check(phi=phi, energy=energy, scale=scale)
+    if dim is not None and dim < 1:
+        raise ValueError(f"dim is a number of parameters, at least 1, got {dim}")
     law = hessian_law(phi=phi, energy=energy, scale=scale, residual=residual)
     low, high = law.bounds()
     return Prediction(
@@ -134,6 +140,7 @@ def hessian_spectrum(*, phi: float, energy: float, scale: float = 1.0, residual:
             else "H1 is a Wigner matrix of variance 2 energy",
         ),
         reference="Pennington and Bahri 2017, Geometry of neural network loss surfaces, eqs. 16-22",
+        finite_size_error=None if dim is None else rigid_error(dim),
     )
 
 
