@@ -12,7 +12,8 @@ from torch_rmt.operators.engines import EngineError
 from torch_rmt.operators.fisher import Fisher, GradientCovariance
 from torch_rmt.operators.jacobian import Jacobian
 from torch_rmt.operators.kernel import NeuralTangentKernel, conjugate_kernel
-from torch_rmt.operators.plan import Cost, Plan, cost, plan, prefers_dual
+from torch_rmt.operators.memory import is_out_of_memory
+from torch_rmt.operators.plan import Cost, Plan, Route, cost, exact_routes, lanczos_route, plan
 from torch_rmt.operators.sweep import (
     LayerNorms,
     activation_slopes,
@@ -40,6 +41,7 @@ __all__ = [
     "LinearOperator",
     "NeuralTangentKernel",
     "Plan",
+    "Route",
     "Scaled",
     "Transposed",
     "activation_slopes",
@@ -48,14 +50,16 @@ __all__ = [
     "cost",
     "dense",
     "dual_gram",
+    "exact_routes",
     "from_curvlinops",
     "from_scipy",
     "input_to_layers",
+    "is_out_of_memory",
+    "lanczos_route",
     "layer_blocks",
     "layers_to_output",
     "partial_jacobian_norms",
     "plan",
-    "prefers_dual",
     "single_layers",
     "to_scipy",
     "unsharded",

@@ -15,6 +15,7 @@ Source: Goodfellow 2015 (T = 1); Rochette et al. 2019 (convolutions); Dangel et 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,15 +27,35 @@ from torch import Tensor, nn
 _SLAB = 1 << 24
 
 
+def outer_multiplications(n: int, c: int, t: int, i: int, o: int) -> tuple[int, int]:
+    """Multiplications of the two contractions: by pairs of positions, and explicit."""
+    rows = n * c
+    return (n * t) ** 2 * i + (rows * t) ** 2 * (o + 1), rows * t * o * i + rows**2 * o * i
+
+
+def module_multiplications(module: nn.Module, entered: torch.Size, left: torch.Size, columns: int) -> int | None:
+    """Multiplications of `module_gram` for one call with these shapes, or None for a kind it does not know."""
+    n, rows = left[0], left[0] * columns
+    if type(module) is nn.Linear:
+        return min(outer_multiplications(n, columns, left[1:-1].numel(), entered[-1], left[-1]))
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        into = module.in_channels // module.groups * math.prod(module.kernel_size)
+        out = module.out_channels // module.groups
+        return module.groups * min(outer_multiplications(n, columns, left[2:].numel(), into, out))
+    if type(module) is nn.Embedding:
+        return (rows * left[1:-1].numel()) ** 2 * (left[-1] + 1)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)):
+        return sum(p.numel() for p in module.parameters(recurse=False)) * rows**2
+    return None
+
+
 def outer_gram(
     a: Float[Tensor, "samples positions into"], g: Float[Tensor, "samples columns positions out"]
 ) -> Float[Tensor, "rows rows"]:
     """Gram matrix of `sum_t g_t a_t^T`, rows ordered (sample, column)."""
     n, c, t, o = g.shape
-    i = a.shape[2]
-    rows = n * c
-    pairs = (n * t) ** 2 * i + (rows * t) ** 2 * (o + 1)
-    explicit = rows * t * o * i + rows**2 * o * i
+    i, rows = a.shape[2], n * c
+    pairs, explicit = outer_multiplications(n, c, t, i, o)
     if pairs <= explicit:
         return _pairs(lambda lo, hi: torch.einsum("nti,msi->ntms", a[lo:hi], a), g)
     gram = g.new_zeros(rows, rows)

@@ -63,14 +63,14 @@ class Curvature(SymmetricOfModel):
     def _fit(self, max_memory: int | None) -> None:
         """Choose what to keep and how far to cut the batches, within bytes."""
         room = room_for_graphs(self.pure, max_memory)
-        sizes = [graph_bytes(self.pure, b) for b in self.batches]
+        sizes = [graph_bytes(self.pure, b.inputs) for b in self.batches]
         self.keep = sum(sizes) <= room
         if self.keep:
             return
         self.notes += ("the graphs of all batches do not fit: recomputed in every product",)
         largest = max(sizes)
         while max_memory is not None and largest > room and self._halve_batches():
-            largest = max(graph_bytes(self.pure, b) for b in self.batches)
+            largest = max(graph_bytes(self.pure, b.inputs) for b in self.batches)
         if max_memory is not None and largest > room:
             self.notes += (
                 f"max_memory={max_memory} is not kept to: one part of a batch takes about {largest} bytes and cannot "

@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_rmt.operators.contractions import module_gram
+from torch_rmt.operators.contractions import module_gram, module_multiplications
 from torch_rmt.operators.curvature import GaussNewton, flat
 from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.fisher import GradientCovariance, PerSample
 from torch_rmt.operators.kernel import NeuralTangentKernel
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import output_curvature
-from torch_rmt.operators.memory import free_bytes
+from torch_rmt.operators.memory import free_bytes, is_out_of_memory
 from torch_rmt.operators.places import Place, hooked, shifted_by, tensor_at
 from torch_rmt.operators.pure import PureModel, first_tensor
 
@@ -42,12 +42,14 @@ class DualGram:
             "by products" holds all parameters of modules without a contraction.
         dim: size of the operator, whose other `dim - rows` eigenvalues are zero (negative: K has the zeros).
         method: how it was built, in words.
+        passes: backward passes of the whole batch that it took.
     """
 
     matrix: Float[Tensor, "rows rows"]
     layers: dict[str, Float[Tensor, "rows rows"]]
     dim: int
     method: str
+    passes: int = 0
 
     def eigenvalues(self) -> Float[Tensor, " dim"]:
         """All eigenvalues of the operator, ascending, zeros included, in float64."""
@@ -101,6 +103,8 @@ def dual_gram(
     try:
         layers, rest = _by_modules(pure, inputs, factors)
     except RuntimeError as problem:  # hooks and checkpointing do not mix; EngineError is a RuntimeError too
+        if is_out_of_memory(problem):
+            raise
         reason = str(problem).strip().splitlines()[0]
     else:
         if rest:
@@ -109,14 +113,70 @@ def dual_gram(
         if isinstance(operator, GradientCovariance):
             total, layers = _centred(total), {name: _centred(gram) for name, gram in layers.items()}
         if _confirmed(operator, total, factors):
+            passes = factors.shape[0] + (total.shape[0] if rest else 0)
             method = "Gram matrices of the modules" + (f"; {len(rest)} parameters by products" if rest else "")
-            return DualGram(total, layers if by_layer else {}, operator.shape[0], method)
+            return DualGram(total, layers if by_layer else {}, operator.shape[0], method, passes)
         # Samples that mix (batch normalisation in train mode) have no per-sample gradients.
         reason = "the samples of this batch depend on one another"
     total = _by_products(pure, inputs, list(pure.names), factors)
     if isinstance(operator, GradientCovariance):
         total = _centred(total)
-    return DualGram(total, {}, operator.shape[0], f"products with every column ({reason})")
+    return DualGram(total, {}, operator.shape[0], f"products with every column ({reason})", total.shape[0])
+
+
+@dataclass(frozen=True)
+class DualCounts:
+    """What building the dual takes, counted on shapes.
+
+    Fields:
+        rows: of the Gram matrix, samples x columns.
+        columns: backward passes of the batch.
+        modules: with a contraction.
+        multiplications: of all contractions.
+        gradients: bytes of all modules' inputs and output gradients, held at the same time.
+        rows_by_products: `rows` if a parameter of no such module needs products with every row, else 0.
+    """
+
+    rows: int
+    columns: int
+    modules: int
+    multiplications: int
+    gradients: int
+    rows_by_products: int
+
+
+def dual_counts(operator: GaussNewton | NeuralTangentKernel) -> DualCounts:
+    """Count what `dual_gram` would do, by one forward pass without gradients."""
+    pure = operator.pure
+    inputs = operator.inputs if isinstance(operator, NeuralTangentKernel) else operator.given[0].inputs
+    modules, rest = _own_parameters(pure)
+    sizes: list[tuple[nn.Module, torch.Size, torch.Size]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        entered, left = first_tensor(args), first_tensor(output)
+        if entered is not None and left is not None:
+            sizes.append((module, entered.shape, left.shape))
+
+    with pure.guarded(), torch.no_grad(), ExitStack() as stack:
+        for module, _ in modules.values():
+            stack.callback(module.register_forward_hook(note).remove)
+        output = pure(pure.params, inputs)
+    columns = _columns(operator, output)
+    called = {id(module) for module, _, _ in sizes}
+    rest += [name for name, (module, _) in modules.items() if id(module) not in called]
+    rows, item, total, held = output.shape[0] * columns, pure.dtype.itemsize, 0, 0
+    for module, entered, left in sizes:
+        here = module_multiplications(module, entered, left, columns)
+        rest += ["unknown"] * (here is None)
+        total += here or 0
+        held += item * (entered.numel() + columns * left.numel())
+    return DualCounts(rows, columns, len(sizes), total, held, rows if rest else 0)
+
+
+def _columns(operator: GaussNewton | NeuralTangentKernel, output: Tensor) -> int:
+    if isinstance(operator, PerSample) and operator.kind != "exact":
+        return operator.draws
+    return output[0].numel()
 
 
 def _centred(gram: Tensor) -> Tensor:
@@ -126,10 +186,7 @@ def _centred(gram: Tensor) -> Tensor:
 
 
 def _refuse_too_large(operator: GaussNewton | NeuralTangentKernel, output: Tensor, max_memory: int | None) -> None:
-    columns = output[0].numel()
-    if isinstance(operator, PerSample) and operator.kind != "exact":
-        columns = operator.draws if operator.kind == "sampled" else 1
-    rows = output.shape[0] * columns
+    rows = output.shape[0] * _columns(operator, output)
     # The sum, one module's part and the float64 copy for the eigenvalues; cotangents at the output and one
     # layer.
     need = 4 * rows**2 * output.element_size() + 2 * rows * output[0].numel() * output.element_size()
@@ -155,7 +212,8 @@ def _by_modules(pure: PureModel, inputs: Any, factors: Tensor) -> tuple[dict[str
     if modules:
         caught, gradients = _pass(pure, inputs, modules, factors)
         for name, (module, names) in modules.items():
-            gram = module_gram(module, caught.pop(name), gradients.pop(name), set(names))
+            entered, left = caught.pop(name), gradients.pop(name)
+            gram = module_gram(module, entered, left, set(names)) if entered else None  # else its weight is used raw
             if gram is None:
                 rest += list(names.values())
             else:

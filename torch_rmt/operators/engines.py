@@ -139,7 +139,7 @@ def forward_mode(f: Differentiable, block: Block) -> Products:
         return (jvp(f.call, f.point, tuple(v))[1],)
 
     def push(v: Tensors) -> Tensors:
-        with f.guard():
+        with f.guard(), torch.no_grad():
             return tuple(t.detach() for t in block(push_one)(v))
 
     return Products(push, _quiet(block(lambda u: tuple(pull(u[0])))), value.detach())

@@ -107,8 +107,8 @@ class Fisher(PerSample):
         self.kind, self.draws, self.seed = kind, draws, seed
         if kind != "empirical":
             first = self.batches[0]
-            with self.pure.guarded():
-                output = self.pure(self.pure.params, first.inputs).detach()
+            with self.pure.guarded(), torch.no_grad():
+                output = self.pure(self.pure.params, first.inputs)
             self._known_likelihood(output, first)
 
 

@@ -37,6 +37,7 @@ _LOOPED = ("double backward", "central differences")
 # autograd 0.85 times as long as torch.func. Not timed at run time, since the choice changes the last bits.
 _LARGE = 50_000
 _PLAIN = "double backward"
+_FORWARD = "forward mode"
 _BLOCKS: dict[str, Block] = {"vmap": batched, "loop": stacked, "plain loop": unguarded}
 
 
@@ -95,6 +96,10 @@ def climb(f: Differentiable, engines: Sequence[Engine], module: nn.Module, key: 
             vetoed = gap <= allowed and _vetoed(f, dict(engines), direction, image)
             if gap <= allowed and not vetoed:
                 if _busy(f) and name == _PLAIN:
+                    if _forward_pays(f, engines, module, direction, reference):
+                        choice = Choice(_FORWARD, "loop", f"agrees with {other}; forward passes are cheap here")
+                        _proved.setdefault(module, {})[key] = choice
+                        return dict(engines)[_FORWARD](f, stacked), choice
                     choice = Choice(name, "plain loop", f"agrees with {other} to {gap:.0e}")
                     _proved.setdefault(module, {})[key] = choice
                     return engine(f, unguarded), choice
@@ -125,6 +130,25 @@ def _tried(
 def _busy(f: Differentiable) -> bool:
     """Whether one vector keeps the device busy."""
     return sum(p.numel() for p in f.point) > _LARGE and f.point[0].device.type == "cpu"
+
+
+def _forward_pays(
+    f: Differentiable, engines: Sequence[Engine], module: nn.Module, direction: Tensors, reference: Tensor
+) -> bool:
+    """Whether forward mode serves a network of convolutions, and agrees with an engine that was confirmed.
+
+    A convolution's second derivative takes longer than the forward pass again: on a ResNet-20 a product with the
+    Jacobian took 1.6 gradients from the kept graph and 1.1 in forward mode; on MLP and GPT the graph was faster.
+    """
+    if _FORWARD not in dict(engines) or not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
+        return False
+    try:
+        image, gap = _tried(f, dict(engines)[_FORWARD], direction)
+    except (RuntimeError, NotImplementedError, TypeError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        return False
+    return gap <= _adjoint_tolerance(f, _FORWARD) and _gap(image, reference) <= _tolerance(f, _FORWARD, _PLAIN)
 
 
 def _vetoed(

@@ -1,15 +1,21 @@
-"""What a measurement will cost, said before it is done."""
+"""What a measurement will cost, said before it is done, and the cheapest way to an exact spectrum."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_rmt.operators.curvature import Curvature
-from torch_rmt.operators.memory import KEPT_OVER_FORWARD, saved_bytes
+from torch_rmt.operators.curvature import Curvature, GaussNewton
+from torch_rmt.operators.dual import dual_counts
+from torch_rmt.operators.kernel import NeuralTangentKernel
+from torch_rmt.operators.memory import graph_bytes
+from torch_rmt.operators.pure import PureModel
 
 
 @dataclass(frozen=True)
@@ -19,12 +25,19 @@ class Cost:
     Fields:
         flops: of one product, twice the multiplications, counted on one gradient.
         bytes: of the kept graphs, estimated from what a forward pass saves.
-        seconds: of one product, measured once the graph was built.
+        seconds: of one product, predicted from the time of one gradient of the first batch.
+        moved: bytes that a product reads and writes, estimated.
     """
 
     flops: float
     bytes: int
     seconds: float
+    moved: float
+
+    @property
+    def work(self) -> float:
+        """Flops, each byte moved counted as `FLOPS_PER_BYTE` of them."""
+        return self.flops + FLOPS_PER_BYTE * self.moved
 
 
 @dataclass(frozen=True)
@@ -46,27 +59,75 @@ class Plan:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Route:
+    """One way to all eigenvalues, or to an estimate of them, with its predicted cost.
+
+    Fields:
+        name: "dense" (products with the identity), "dual" (Gram matrix over samples) or "lanczos" (products).
+        flops: in all.
+        moved: bytes read and written, estimated.
+        bytes: held at the same time.
+        seconds: predicted from the time of one gradient.
+    """
+
+    name: Literal["dense", "dual", "lanczos"]
+    flops: float
+    moved: float
+    bytes: int
+    seconds: float
+
+    @property
+    def work(self) -> float:
+        """Flops, each byte moved counted as `FLOPS_PER_BYTE` of them: what routes are compared by."""
+        return self.flops + FLOPS_PER_BYTE * self.moved
+
+    def __str__(self) -> str:
+        size = f"{self.flops:.1e} flops, {self.bytes / 2**20:.3g} MiB, {self.seconds:.2g} s predicted"
+        return f"{self.name} ({size})"
+
+
 # A kept second-order graph runs once for a product where a gradient runs forward and backward.
 _PRODUCT_OVER_GRADIENT = 1.5
 _RECOMPUTED_OVER_GRADIENT = 3.5
+# What a core or a GPU does while it fetches a byte: 100 Gflop/s over 10 GB/s, 30 Tflop/s over 3 TB/s.
+FLOPS_PER_BYTE = 10.0
+# Eigenvalues of a symmetric matrix in float64 take 4/3 n^3 flops at about a quarter of the rate of products.
+_EIGENVALUES = 4 * 4 / 3
 
 
-def cost(operator: Curvature) -> Cost:
-    """Measure and count one product (the first one builds the graph and is not timed)."""
-    pure, total = operator.pure, 0.0
-    for b in operator.batches:
-        leaves = tuple(p.detach().clone().requires_grad_() for p in pure.params)
-        with pure.guarded(), FlopCounterMode(display=False) as counter:
-            output = pure(leaves, b.inputs)
-            torch.autograd.backward(output, torch.ones_like(output))
-        total += counter.get_total_flops()
-    ratio = _PRODUCT_OVER_GRADIENT if operator.keep else _RECOMPUTED_OVER_GRADIENT
-    kept = sum(saved_bytes(pure, b.inputs) for b in operator.batches) if operator.keep else 0
-    vector = torch.ones(operator.shape[1], 1, dtype=operator.dtype, device=operator.device)
-    operator.matmat(vector)
+def cost(operator: Curvature | NeuralTangentKernel) -> Cost:
+    """Count and predict one product from one gradient: no product is made and no graph kept."""
+    pure, flops, seconds = operator.pure, 0.0, 0.0
+    if isinstance(operator, NeuralTangentKernel):
+        batches, kept = [operator.inputs], True
+    else:
+        batches, kept = [b.inputs for b in operator.batches], operator.keep
+    leaves = tuple(p.detach().clone().requires_grad_() for p in pure.params)
+    for index, inputs in enumerate(batches):
+        with pure.guarded():
+            with FlopCounterMode(display=False) as counter:
+                _backward(pure, leaves, inputs)
+            if index == 0:  # again, without the counter's own time
+                seconds = min(_timed(pure, leaves, inputs) for _ in range(2)) / max(1.0, counter.get_total_flops())
+        flops += counter.get_total_flops()
+    graphs = sum(graph_bytes(pure, inputs) for inputs in batches)
+    ratio = _PRODUCT_OVER_GRADIENT if kept else _RECOMPUTED_OVER_GRADIENT
+    moved = ratio * (graphs + 3 * pure.n_params * pure.dtype.itemsize)
+    return Cost(ratio * flops, graphs if kept else 0, ratio * seconds * max(1.0, flops), moved)
+
+
+def _timed(pure: PureModel, leaves: tuple[Tensor, ...], inputs: Any) -> float:
     start = time.perf_counter()
-    operator.matmat(vector).sum().item()
-    return Cost(ratio * total, KEPT_OVER_FORWARD * kept, time.perf_counter() - start)
+    _backward(pure, leaves, inputs)
+    return time.perf_counter() - start
+
+
+def _backward(pure: PureModel, leaves: tuple[Tensor, ...], inputs: Any) -> None:
+    output = pure(leaves, inputs)
+    found = torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+    if found and found[0] is not None:
+        found[0].flatten()[:1].tolist()  # waits for the device
 
 
 def plan(
@@ -109,20 +170,52 @@ def plan(
     return Plan(fit, fit * each.seconds, each.bytes + 3 * block * vector, block, tuple(notes))
 
 
-def prefers_dual(parameters: int, samples: int, columns: int, products: int, backward_flops: float) -> bool:
-    """Whether the Gram matrix of a batch costs less than that many products, by counting flops.
+def exact_routes(operator: Curvature | NeuralTangentKernel) -> tuple[Route, ...]:
+    """Ways to all eigenvalues, cheapest first by counted flops and bytes (not by the clock: it must not matter).
 
-    Dual: `columns` backward passes, a Gram matrix of at most `rows^2 parameters` and its eigenvalues in
-    float64, `4/3 rows^3` with `rows = samples x columns` (at a quarter of the rate of a product).
+    Dense is a product for each column and the eigenvalues of that matrix. Dual, for Gauss-Newton, Fisher and
+    tangent kernel on one batch, is a backward pass for each output, the Gram matrices of the modules, and the
+    eigenvalues of `samples x outputs` squared.
 
     Example:
-        >>> prefers_dual(10**6, samples=128, columns=10, products=800, backward_flops=1e9)
-        True
-        >>> prefers_dual(10**6, samples=4096, columns=1000, products=800, backward_flops=1e9)
-        False
+        >>> from torch_rmt.operators import GaussNewton
+        >>> batch = torch.randn(4, 400), torch.randn(4, 1)
+        >>> G = GaussNewton(torch.nn.Linear(400, 1), torch.nn.functional.mse_loss, batch)
+        >>> [route.name for route in exact_routes(G)]
+        ['dual', 'dense']
     """
-    rows = samples * columns
-    # A Hadamard product of two Gram matrices costs rows^2 (width in + width out), about rows^2
-    # sqrt(parameters).
-    dual: float = columns * backward_flops + 2 * rows**2 * parameters**0.5 + 4 * (4 / 3) * rows**3
-    return dual < products * _PRODUCT_OVER_GRADIENT * 1.5 * backward_flops
+    each, n, item = cost(operator), operator.shape[0], operator.dtype.itemsize
+    speed = machine_speed(operator.device)
+
+    def route(name: Literal["dense", "dual"], passes: float, flops: float, moved: float, held: float) -> Route:
+        seconds = passes * each.seconds + (flops + FLOPS_PER_BYTE * moved) / speed
+        return Route(name, passes * each.flops + flops, passes * each.moved + moved, int(held), seconds)
+
+    # Matrix, its float64 copy, and what the eigenvalues need.
+    found = [route("dense", n, _EIGENVALUES * n**3, 0.0, each.bytes + n * n * (item + 24))]
+    if isinstance(operator, NeuralTangentKernel) or (isinstance(operator, GaussNewton) and len(operator.given) == 1):
+        counts = dual_counts(operator)
+        passes = counts.columns / 2 + counts.rows_by_products  # a backward pass is half a product with J and J^T
+        flops = 2 * counts.multiplications + _EIGENVALUES * counts.rows**3
+        held = counts.gradients + counts.rows**2 * (3 * item + 16)
+        found.append(route("dual", passes, flops, 4 * item * counts.modules * counts.rows**2, held))
+    return tuple(sorted(found, key=lambda r: r.work))
+
+
+@cache
+def machine_speed(device: torch.device) -> float:
+    """Flops a second of a float32 matrix product of size 512 on this device, measured once a process."""
+    a = torch.ones(512, 512, device=device)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        (a @ a)[:1, :1].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / best
+
+
+def lanczos_route(operator: Curvature | NeuralTangentKernel, products: int) -> Route:
+    """Cost of so many products."""
+    each = cost(operator)
+    held = each.bytes + 8 * operator.shape[0] * operator.dtype.itemsize
+    return Route("lanczos", products * each.flops, products * each.moved, held, products * each.seconds)
