@@ -58,7 +58,7 @@ def test_aligned_layers_are_told_though_each_keeps_its_spectrum(seed: int) -> No
     """W_2 = W_1^T: the singular vectors meet, and |W_2 W_1|^2 has the squares, not the free product."""
     torch.manual_seed(seed)
     first, second = nn.Linear(96, 96), nn.Linear(96, 96)
-    net = nn.Sequential(first, second)
+    net = nn.Sequential(nn.Linear(96, 96), first, second)  # from the output of the first to that of the last
     free = freeness_report(net, torch.randn(1, 96))
     second.weight.data = first.weight.data.T.clone()
     aligned = freeness_report(net, torch.randn(1, 96))

@@ -12,6 +12,7 @@ import numpy as np
 from torch_rmt.compare.comparison import compare, probe_noise
 from torch_rmt.compare.distances import numerical_zero, points
 from torch_rmt.compare.report import Report
+from torch_rmt.compare.verdict import WHY_ANOTHER_SCALE, WHY_ANOTHER_SHAPE
 from torch_rmt.measures import Discrete, SpectralMeasure, free_add
 from torch_rmt.measures.gauss_rule import gauss_rule
 from torch_rmt.spectra import Spectrum
@@ -66,7 +67,10 @@ def freeness_gap(
         return report
     if report.agrees:
         return replace(report, verdict=report.verdict.replace("As predicted", "The parts are free of each other", 1))
-    return replace(report, verdict="The parts are aligned. " + report.verdict)
+    words = report.verdict
+    for why in (WHY_ANOTHER_SHAPE, WHY_ANOTHER_SCALE):
+        words = words.replace(why.rstrip(), "").replace("predicted", "free parts would make it")
+    return replace(report, verdict=" ".join(f"The parts are aligned. {words}".split()))
 
 
 def _chain(parts: Sequence[Spectrum]) -> SpectralMeasure:

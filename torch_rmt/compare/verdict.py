@@ -12,6 +12,11 @@ from torch_rmt.compare.report import Distance, Outlier
 
 _BAND = 10.0  # gradients that change by less than this over the whole chain need no word
 AGREES_UP_TO = 2.5  # in units of the noise floor
+WHY_ANOTHER_SHAPE = (
+    "At initialisation: weights are not independent, or a layer is not what it was read as; later: what training has "
+    "built. "
+)
+WHY_ANOTHER_SCALE = "At initialisation: q or sigma_w of some layer is not the one assumed. "
 
 
 def agreement_in_words(
@@ -58,7 +63,7 @@ def agreement_in_words(
         direction = "larger" if scale > 1 else "smaller"
         factor = scale if scale > 1 else 1 / scale
         text += f"Right shape, but {factor:.3g} times {direction} than predicted ({numbers}). "
-        text += "At initialisation: q or sigma_w of some layer is not the one assumed. "
+        text += WHY_ANOTHER_SCALE
     else:
         measured, predicted = spread
         if predicted > 0 and measured > 1.1 * predicted:
@@ -67,8 +72,7 @@ def agreement_in_words(
             text += f"Narrower than predicted: spread {measured:.3g} against {predicted:.3g} ({numbers}). "
         else:
             text += f"Not as predicted ({numbers}). "
-        text += "At initialisation: weights are not independent, or a layer is not what it was read as; "
-        text += "later: what training has built. "
+        text += WHY_ANOTHER_SHAPE
     return text.rstrip() + tail
 
 
