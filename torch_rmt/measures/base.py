@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Complex, Float
 
 from torch_rmt.measures.half_plane import Numbers, fold, unfold
-from torch_rmt.measures.numeric import contour_moment, distribution, potential, quantiles
+from torch_rmt.measures.numeric import contour_moments, distribution, potential, quantiles
 
 Interval = tuple[float, float]
 Atom = tuple[float, float]
@@ -98,7 +98,11 @@ class SpectralMeasure(ABC):
         """Moment m_k = integral of t^k rho(dt), by a contour integral of z^k G(z) around the support."""
         if k < 0:
             raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
-        return 1.0 if k == 0 else contour_moment(self, k, self.bounds())
+        return 1.0 if k == 0 else float(contour_moments(self, k, self.bounds())[-1])
+
+    def moments(self, count: int) -> Float[np.ndarray, " n"]:
+        """Moments m_1 .. m_count together; overridden where they share work."""
+        return np.array([self.moment(k) for k in range(1, count + 1)])
 
     @property
     def residual(self) -> float:

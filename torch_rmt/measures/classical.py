@@ -6,6 +6,7 @@ from math import comb, sqrt
 
 import numpy as np
 from jaxtyping import Complex
+from scipy.special import log1p
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.half_plane import Numbers, fold, two_cut_root, unfold
@@ -121,7 +122,7 @@ class MarchenkoPastur(SpectralMeasure):
     def _evaluate(self, z: Complex[np.ndarray, "..."]) -> tuple[np.ndarray, np.ndarray]:
         c, v = self.ratio, self.scale
         root = two_cut_root(z, *self.support()[0])
-        linear = z - v + c * v
+        linear = z + (c - 1) * v
         total, difference = linear + root, linear - root
         with np.errstate(all="ignore"):
             g = np.where(np.abs(total) >= np.abs(difference), 2.0 / total, difference / (2 * c * v * z))
@@ -140,7 +141,7 @@ class MarchenkoPastur(SpectralMeasure):
         c, v = self.ratio, self.scale
         with np.errstate(all="ignore"):
             g = self._evaluate(points)[0]
-            value = points * g - 1.0 + np.log(fold(1.0 / g)[0]) + np.log1p(fold(-c * v * g)[0]) / c
+            value = points * g - 1.0 + np.log(fold(1.0 / g)[0]) + log1p(fold(-c * v * g)[0]) / c
             at_zero = points == 0
             if np.any(at_zero):
                 limit = np.log(v) - 1.0 - (1.0 / c - 1.0) * np.log1p(-c) if c < 1 else np.log(v) - 1.0

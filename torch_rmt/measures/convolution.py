@@ -14,7 +14,7 @@ from torch_rmt.measures.cumulants import free_cumulants, moments_from_free_cumul
 from torch_rmt.measures.edges import Points, build_mesh, find_support
 from torch_rmt.measures.geometry import Factor, Geometry, LogGeometry
 from torch_rmt.measures.half_plane import Numbers, fold, unfold
-from torch_rmt.measures.numeric import quantiles
+from torch_rmt.measures.numeric import contour_moments, quantiles
 from torch_rmt.measures.subordination import Subordination, in_bulk, solve
 
 _FLOOR = 1e-120  # of the hull: the smallest point at which a product is asked for
@@ -201,7 +201,7 @@ class FreeSum(FreeConvolution):
 
     def _potential(self, z: Complex[np.ndarray, " n"], s: Subordination) -> np.ndarray:
         parts = [f.count * f.law.log_potential(w) for f, w in zip(self.factors, s.points, strict=True)]
-        common = np.where(s.common == 0, 1e-300, s.common)
+        common = fold(np.where(s.common == 0, 1e-300, s.common))[0]  # rounding must not turn its argument
         return np.asarray(sum(parts) - (self.geometry.total - 1.0) * np.log(common))
 
     @cached_property
@@ -219,14 +219,18 @@ class FreeSum(FreeConvolution):
         """
         return self._atoms
 
+    def moments(self, count: int) -> Float[np.ndarray, " n"]:
+        """From the free cumulants, which add."""
+        total = np.zeros(count)
+        for f in self.factors:
+            total = total + f.count * free_cumulants(f.law.moments(count))
+        return moments_from_free_cumulants(total)
+
     def moment(self, k: int) -> float:
         """From the free cumulants, which add."""
         if k < 0:
             raise ValueError(f"moments are defined here for k >= 0, got k = {k}")
-        total = np.zeros(k)
-        for f in self.factors:
-            total = total + f.count * free_cumulants([f.law.moment(j) for j in range(1, k + 1)])
-        return float(moments_from_free_cumulants(total)[-1]) if k else 1.0
+        return float(self.moments(k)[-1]) if k else 1.0
 
     @property
     def variance(self) -> float:
@@ -310,6 +314,10 @@ class FreeProduct(FreeConvolution):
         Source: Belinschi 2003; Bercovici and Voiculescu 1998.
         """
         return self._atoms
+
+    def moments(self, count: int) -> Float[np.ndarray, " n"]:
+        """All from one contour integral."""
+        return np.append(self.mean, contour_moments(self, count, self.bounds())[1:])[:count]
 
     @property
     def mean(self) -> float:

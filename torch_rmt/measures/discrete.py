@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Complex, Float
@@ -71,17 +72,34 @@ class Discrete(SpectralMeasure):
     def stieltjes_and_slope(self, z: Numbers) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
         """Both sums from one table; real arithmetic is several times faster than complex division."""
         points = np.asarray(z, dtype=complex)
-        flat = points.ravel()
-        g, slope = np.empty_like(flat), np.empty_like(flat)
+        g, slope = self._cauchy_sums(points.ravel(), self.weights[:, None])
+        return g.reshape(points.shape), slope.reshape(points.shape)
+
+    def _cauchy_sums(
+        self, z: Complex[np.ndarray, " m"], weights: Float[np.ndarray, "n k"]
+    ) -> tuple[Complex[np.ndarray, "k m"], Complex[np.ndarray, "k m"]]:
+        """Sums of weights / (z - nodes) and their derivatives, one row a column of weights."""
+        g, slope = np.empty((2, weights.shape[1], z.size), dtype=complex)
         with np.errstate(all="ignore"):
-            for rows, d, y in self._blocks(flat):
+            for rows, d, y in self._blocks(z):
                 q = 1.0 / (d * d + y * y)
                 d *= q
                 q *= y
-                g.real[rows], g.imag[rows] = d @ self.weights, -(q @ self.weights)
-                slope.imag[rows] = 2.0 * ((d * q) @ self.weights)
-                slope.real[rows] = ((q - d) * (q + d)) @ self.weights
-        return g.reshape(points.shape), slope.reshape(points.shape)
+                g.real[:, rows], g.imag[:, rows] = (d @ weights).T, -(q @ weights).T
+                slope.imag[:, rows] = 2.0 * ((d * q) @ weights).T
+                slope.real[:, rows] = ((q - d) * (q + d) @ weights).T
+        return g, slope
+
+    @cached_property
+    def _moved(self) -> Float[np.ndarray, "n 2"]:
+        return np.stack([self.weights, self.weights * self.nodes], axis=1)
+
+    def shift(self, z: Complex[np.ndarray, " m"]) -> tuple[Complex[np.ndarray, " m"], Complex[np.ndarray, " m"]]:
+        """h = 1/G - z = -M / G and h', with M = sum_i weights_i nodes_i / (z - nodes_i): no cancellation far out."""
+        (g, m), (dg, dm) = self._cauchy_sums(z, self._moved)
+        with np.errstate(all="ignore"):
+            h = -m / g
+            return h, -(dm + h * dg) / g
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -sum_i weights_i / (z - nodes_i)^2."""

@@ -14,6 +14,7 @@ from torch_rmt.measures.subordination import in_bulk
 _SMALL = 1e-6  # mass of an interval below which its inside is not looked at further
 _COARSE = 0.02  # largest mass of an interval of the mesh
 _ROUNDS, _LIMIT = 80, 20000  # of refinement; points
+_ATTEMPTS = (0, 1, 2, 4, 7)  # rounds at whose start an edge is solved for; a hard or thin one never yields
 _SECTIONS = 16  # pieces into which an edge's bracket is cut in one round
 
 
@@ -148,15 +149,15 @@ def _find_edges(
     for round_ in range(20):
         if not todo.size:
             break
-        low[todo], high[todo], mesh = _cut(measure, mesh, low[todo], high[todo], low_in_bulk[todo])
-        if round_ >= 2:
+        if round_ in _ATTEMPTS:
             outside = np.where(low_in_bulk[todo], high[todo], low[todo])
             inside = np.where(low_in_bulk[todo], low[todo], high[todo])
-            found = branch_points(measure, mesh, outside, outside + (outside - inside))
-            width = np.abs(outside - inside)
-            near = (np.minimum(inside, outside) - width <= found) & (found <= np.maximum(inside, outside) + width)
+            found = branch_points(measure, mesh, outside, inside)
+            near = np.isfinite(found)
             edge[todo[near]] = found[near]
             todo = todo[~near]
+        if todo.size:
+            low[todo], high[todo], mesh = _cut(measure, mesh, low[todo], high[todo], low_in_bulk[todo])
         narrow = high[todo] - low[todo] <= 4e-16 * np.maximum(np.abs(low[todo]), np.abs(high[todo]))
         edge[todo[narrow]] = 0.5 * (low + high)[todo[narrow]]
         todo = todo[~narrow]
@@ -183,30 +184,36 @@ def _cut(
 
 
 def branch_points(
-    measure: Convolved, mesh: Points, near: Float[np.ndarray, " n"], far: Float[np.ndarray, " n"]
+    measure: Convolved, mesh: Points, outside: Float[np.ndarray, " n"], inside: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
-    """Edges by the secant rule on dz/dF = 0, F = 1/G (or log P) real, from two points outside the support each.
+    """Edges by the secant rule on dz/dF = 0, F = 1/G (or log P) real, from a known point outside the support each.
 
     Along real F the point z is smooth, with a double point at the edge: no root is lost to rounding there. NaN where
-    the points are not outside or the rule does not settle.
+    the rule does not settle between the two points, or where dz/dF has another zero on the way.
     """
     geometry = measure.geometry
-    start = measure.evaluate(np.unique(np.concatenate([near, far])), mesh)
-    first, second = np.searchsorted(start.x, far), np.searchsorted(start.x, near)
-    outside = ~in_bulk(geometry, start.coordinates)
-    good = outside[first] & outside[second]
-    w = start.coordinates[:, second]
-    f0 = _common(geometry, start.x[first], start.coordinates[:, first])
-    f1 = _common(geometry, start.x[second], w)
+    w = mesh.coordinates[:, np.searchsorted(mesh.x, outside)]
+    start = _common(geometry, outside, w)
     with np.errstate(all="ignore"):
-        _, d0, _ = _along(geometry, start.coordinates[:, first], f0)
-        for _ in range(12):
+        w, d0, _ = _along(geometry, w, start)
+        sense = np.sign(d0)
+        unit = geometry.length(w).max(axis=0)
+        # z'' = dD/dF from a small step, whose sign does not matter
+        f0, f1 = start, start + 1e-5 * unit
+        for _ in range(16):
             w, d1, z = _along(geometry, w, f1)
             step = -d1 * (f1 - f0) / (d1 - d0)
-            step = np.where(np.isfinite(step), step, 0.0)
+            step = np.where(np.isfinite(step), np.clip(step, -0.5 * unit, 0.5 * unit), 0.0)
             f0, d0, f1 = f1, d1, f1 + step
+            if np.all(np.abs(step) <= 1e-9 * (np.abs(f1) + unit)):
+                break
         settled = np.abs(step) <= 1e-6 * (np.abs(f1) + geometry.length(w).max(axis=0))
-        return np.where(good & settled & np.isfinite(z), z, np.nan)
+        slack = 1e-9 * np.abs(outside - inside)
+        good = settled & (z >= np.minimum(inside, outside) - slack) & (z <= np.maximum(inside, outside) + slack)
+        for share in (0.1, 0.3, 0.5, 0.7, 0.9):  # one way from the outside point to the edge, without another edge
+            _, stretch, _ = _along(geometry, w, f0 + share * (start - f0))
+            good &= stretch * sense > 0
+    return np.where(good, z, np.nan)
 
 
 def _common(geometry: Geometry, x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -221,7 +228,10 @@ def _along(geometry: Geometry, w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray
     for _ in range(6):
         h, dh = geometry.fields(w)
         step = (aim - w - h) / (1.0 + dh)
-        w = w + np.where(np.isfinite(step), step, 0.0).real
+        step = np.where(np.isfinite(step), step, 0.0).real
+        w = w + step
+        if np.all(np.abs(step) <= 1e-14 * geometry.length(w)):
+            break
     h, dh = geometry.fields(w)
     slope = geometry.share_slopes(f)
     stretch = 1.0 - (geometry.counts * slope * dh / (1.0 + dh)).sum(axis=0)

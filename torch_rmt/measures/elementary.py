@@ -11,6 +11,8 @@ from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.classical import finite, positive
 from torch_rmt.measures.half_plane import Numbers, fold, two_cut_root, unfold
 
+_SERIES = 20  # terms of 1 - arctan(x) / x: 0.4^40 is rounding
+
 
 class Uniform(SpectralMeasure):
     """Constant density 1 / (high - low).
@@ -95,22 +97,30 @@ class QuarterCircle(SpectralMeasure):
         return f"QuarterCircle({self.radius})"
 
     def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
-        """G = (4 / (pi r^2)) (pi z / 2 + r - 2 s A), s = sqrt(z^2 - r^2), A = arctan((z - r)/s) + arctan(r/s)."""
+        """G = (4 / (pi r^2)) (pi (z - s) / 2 + r - s arctan(r / s)), s = sqrt(z^2 - r^2)."""
         return self.stieltjes_and_slope(z)[0]
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
-        """G' = (4 / (pi r^2)) (pi / 2 - 2 z A / s + r / z)."""
+        """G' = (4 / (pi r^2)) (pi (1 - z / s) / 2 - (z / s) arctan(r / s) + r / z)."""
         return self.stieltjes_and_slope(z)[1]
 
     def stieltjes_and_slope(self, z: Numbers) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
-        """Both, from one A."""
+        """Both, without cancellation far out: z - s = r^2 / (z + s), and 1 - arctan(x) / x by its series."""
         points, below = fold(z)
         r = self.radius
         with np.errstate(all="ignore"):
             root = two_cut_root(points, -r, r)
-            angle = np.arctan((points - r) / root) + np.arctan(r / root)
-            g = 4 / (pi * r * r) * (0.5 * pi * points + r - 2 * root * angle)
-            slope = 4 / (pi * r * r) * (0.5 * pi - 2 * points / root * angle + r / points)
+            ratio = r / root
+            # beside the axis within the radius arctan(r / s) has its cut; arctan(s / r) has none
+            side = np.where(points.real >= 0, 1.0, -1.0)
+            turned = side * 0.5 * pi + 1j * np.log(side * points / (r - 1j * root))
+            angle = np.where(np.abs(ratio) > 1, turned, np.arctan(ratio))
+            square = ratio * ratio
+            series = -square * np.polynomial.polynomial.polyval(-square, -1.0 / (2 * np.arange(_SERIES) + 3.0))
+            defect = np.where(np.abs(ratio) < 0.4, series, 1 - angle / ratio)
+            g = 4 / (pi * r * r) * (0.5 * pi * r * r / (points + root) + r * defect)
+            rest = points * defect / root - r * r / (points * root)
+            slope = 4 / (pi * r * r) * (rest * ratio - 0.5 * pi * r * r / (root * (points + root)))
         return unfold(g, below), unfold(slope, below)
 
     def support(self) -> tuple[Interval, ...]:

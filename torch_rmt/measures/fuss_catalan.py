@@ -6,12 +6,19 @@ from functools import cached_property
 from math import exp, lgamma, log
 
 import numpy as np
-from jaxtyping import Complex, Float
+from jaxtyping import Bool, Complex, Float
+from scipy.spatial import cKDTree
+from scipy.special import expm1, log1p
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.half_plane import Numbers, fold, unfold
 
 _TABLE = 2000  # starting values of the inversion x -> angle
+
+
+def _log_below(m: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
+    """log M for M in the closed lower half-plane: -1 has the argument -pi, whatever the sign of its rounding."""
+    return np.asarray(np.conj(np.log(m.real + 1j * np.maximum(-m.imag, 0.0))))
 
 
 class FussCatalan(SpectralMeasure):
@@ -118,7 +125,7 @@ class FussCatalan(SpectralMeasure):
         points, below = fold(z)
         with np.errstate(all="ignore"):
             m = np.expm1(self._log_one_plus_m(points))
-            return unfold(self.order * m - np.log(m), below)
+            return unfold(self.order * m - _log_below(m), below)
 
     def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G(z) = (1 + M) / z."""
@@ -128,11 +135,15 @@ class FussCatalan(SpectralMeasure):
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G' = (M' - G) / z with z M' = M (1 + M) / (s M - 1)."""
+        return self.stieltjes_and_slope(z)[1]
+
+    def stieltjes_and_slope(self, z: Numbers) -> tuple[Complex[np.ndarray, "..."], Complex[np.ndarray, "..."]]:
+        """Both, from one M."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
             kappa = self._log_one_plus_m(points)
-            m = np.expm1(kappa)
-            return unfold(np.exp(kappa) * (m / (self.order * m - 1) - 1) / points**2, below)
+            m, g = expm1(kappa), np.exp(kappa) / points
+            return unfold(g, below), unfold(g * (m / (self.order * m - 1) - 1) / points, below)
 
     def _log_one_plus_m(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
         """log(1 + M(z)) = log(z G(z)) on the closed upper half-plane, exact for M near 0 and for M near -1."""
@@ -150,52 +161,80 @@ class FussCatalan(SpectralMeasure):
         return np.asarray(result.reshape(z.shape))
 
     def _off_axis(self, z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
-        """Newton along the path x + i y, y falling from far above; steps halved until Newton is quiet."""
-        s, edge = self.order, self.bounds()[1]
-        height = np.maximum(20.0 * edge, z.imag)
-        current = z.real + 1j * height
-        kappa = np.log1p(1.0 / current)
-        kappa = self._newton(kappa, np.log(current), 30)[0]
-        ratio = np.full(z.shape, 0.3)
-        floor = 1e-3 * np.abs(z)
-        todo = np.flatnonzero(current != z)
-        for _ in range(1000):
-            if not todo.size:
-                return kappa
-            target = np.maximum(z.imag[todo], height[todo] * ratio[todo])
-            target = np.where(target < floor[todo], z.imag[todo], target)
-            there = z.real[todo] + 1j * target
-            m = np.expm1(kappa[todo])
-            ahead = np.log(there) - np.log(current[todo])
-            # along the tangent in log M or in log(1 + M), whichever is the straighter
-            small = np.abs(m) < 0.5
-            guess = np.where(
-                small, np.log1p(m * np.exp(ahead * (1 + m) / (s * m - 1))), kappa[todo] + ahead * m / (s * m - 1)
-            )
-            solved, error = self._newton(guess, np.log(there), 6)
-            good = (error < 1e-13) & (np.abs(solved - guess) < 0.2) & (np.abs(solved.imag) <= np.pi)
-            index = todo[good]
-            kappa[index], height[index], current[index] = solved[good], target[good], there[good]
-            ratio[index] = np.maximum(0.3, ratio[index] ** 1.5)
-            ratio[todo[~good]] = np.sqrt(ratio[todo[~good]])
-            todo = todo[~(good & (target <= z.imag[todo]))]
-        raise ArithmeticError(
-            f"{self!r}: no solution near z = {z[todo[0]]}; move the point off the edge of the support"
-        )
+        """Newton from the nearest of known solutions; log z is univalent where `_is_physical`, so nothing is guessed."""
+        log_z = np.log(z)
+        known, kappas = self._known
+        near = known.query(np.stack([log_z.real, log_z.imag], axis=1))[1]
+        ahead = log_z - known.data[near] @ np.array([1.0, 1j])
+        s = self.order
+        # at the edge a square root, of which the nearest solution may be on the other side
+        turn = np.log1p(1 / s)
+        root = np.sqrt(2 * (log_z - self._log_edge) / (s * (s + 1)))
+        start = np.where(np.abs(root) < 0.5 * min(1.0, turn), turn - root, self._moved(kappas[near], ahead))
+        kappa, error = self._newton(start, log_z, 8)
+        lost = ~((error < 1e-13) & self._is_physical(kappa))
+        if lost.any():  # the other solution of the pair that meets at the edge
+            again, error = self._newton(2 * turn - kappa[lost], log_z[lost], 12)
+            found = (error < 1e-13) & self._is_physical(again)
+            kappa[np.flatnonzero(lost)[found]] = again[found]
+            lost[lost] = ~found
+        if lost.any():
+            raise ArithmeticError(f"{self!r}: no solution near z = {z[lost][0]}; move the point off the support's edge")
+        kappa.imag[z.imag == 0] = 0.0
+        return kappa
+
+    @cached_property
+    def _known(self) -> tuple[cKDTree, Complex[np.ndarray, " m"]]:
+        """Solutions log(1 + M) for a net of points log z.
+
+        log(1 + M) = rho - i t fills 0 <= t <= pi / (s + 1), rho below its value on the axis: log z is explicit there.
+        """
+        s = self.order
+        tau = 2 * np.arctan(np.exp(np.linspace(-9.0, 9.0, 61)))
+        t = tau / (s + 1)
+        top = np.log(np.sin(tau) / np.sin(tau - t))
+        below = np.concatenate([[0.0], np.geomspace(1e-4, 60.0, 80)]) / (s + 1)
+        kappa = (top[:, None] - below - 1j * t[:, None]).ravel()
+        # the real axis, and the neighbourhood of infinity, log(1 + M) = 0
+        small = np.geomspace(1e-12, 1.0, 40) / (s + 1)
+        around = np.exp(-1j * np.pi * np.linspace(0.0, 1.0, 13))
+        kappa = np.concatenate([kappa, (small[:, None] * around).ravel()])
+        kappa = kappa[self._is_physical(kappa)]
+        m = expm1(kappa)
+        log_z = (s + 1) * kappa - _log_below(m)
+        good = np.isfinite(log_z) & (np.abs(s * m - 1) > 0)
+        return cKDTree(np.stack([log_z.real, log_z.imag], axis=1)[good]), kappa[good]
+
+    def _is_physical(self, kappa: Complex[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Whether log(1 + M) lies in the image of the upper half-plane."""
+        s = self.order
+        t = -kappa.imag
+        inner = np.clip(t, 1e-300, np.pi / (s + 1) * (1 - 1e-15))
+        with np.errstate(all="ignore"):
+            top = np.log(np.sin((s + 1) * inner) / np.sin(s * inner))
+        slack = 1e-9 / (s + 1)
+        return np.asarray((t >= -slack) & (t <= np.pi / (s + 1) + slack) & (kappa.real <= top + slack))
+
+    def _moved(self, kappa: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+        """log(1 + M) further along in log z: along the tangent in log M or in log(1 + M), whichever is straighter."""
+        m = expm1(kappa)
+        rate = ahead / (self.order * m - 1)
+        return np.where(np.abs(m) < 0.5, log1p(m * np.exp(rate * (1 + m))), kappa + rate * m)
 
     def _newton(self, kappa: np.ndarray, log_z: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Newton for (s + 1) log(1 + M) - log M = log z; returns log(1 + M) and the relative error."""
         s = self.order
+        size = np.maximum(1.0, np.abs(log_z) + s)
+        kappa = kappa.real + 1j * np.minimum(kappa.imag, 0.0)  # M lives in the lower half-plane
         for _ in range(steps):
-            m = np.expm1(kappa)
-            error = (s + 1) * kappa - np.log(m) - log_z
-            kappa = np.where(
-                np.abs(m) < 0.5,
-                np.log1p(m * np.exp(-error * (1 + m) / (s * m - 1))),
-                kappa - error * m / (s * m - 1),
-            )
-        error = np.abs((s + 1) * kappa - np.log(np.expm1(kappa)) - log_z)
-        return kappa, error / np.maximum(1.0, np.abs(log_z) + s)
+            m = expm1(kappa)
+            error = (s + 1) * kappa - _log_below(m) - log_z
+            kappa = self._moved(kappa, -error)
+            kappa.imag = np.minimum(kappa.imag, 0.0)
+            if np.all(np.abs(error) <= 1e-15 * size):
+                break
+        error = np.abs((s + 1) * kappa - _log_below(expm1(kappa)) - log_z)
+        return kappa, error / size
 
     def support(self) -> tuple[Interval, ...]:
         """From 0 to (s + 1)^(s + 1) / s^s."""

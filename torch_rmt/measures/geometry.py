@@ -20,9 +20,11 @@ import numpy as np
 from jaxtyping import Float
 
 from torch_rmt.measures.base import SpectralMeasure
+from torch_rmt.measures.discrete import Discrete
 from torch_rmt.measures.half_plane import fold
+from torch_rmt.measures.numeric import contour_moments
 
-_FAR = 100.0  # radii from where the moment series, cut after eight terms, is exact to rounding
+_FAR, _TERMS = 16.0, 13  # radii from where the moment series is used; its terms: 16^-13 is rounding
 
 
 @dataclass(frozen=True)
@@ -39,33 +41,40 @@ class Factor:
         return max(abs(end) for end in self.law.bounds())
 
     @cached_property
-    def moments(self) -> Float[np.ndarray, " 9"]:
-        """Moments 0 to 8."""
-        return np.array([self.law.moment(k) for k in range(9)])
+    def moments(self) -> Float[np.ndarray, " k"]:
+        """Moments m_1, m_2, ... in units of the radius."""
+        r = self.radius
+        if abs(np.log10(r)) * _TERMS < 290:
+            return self.law.moments(_TERMS) / r ** np.arange(1, _TERMS + 1)
+        return contour_moments(self.law, _TERMS, self.law.bounds(), r)
 
     def shift(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """h(w) = 1/G(w) - w and h'(w) on the closed upper half-plane, also far out, where the difference cancels."""
-        with np.errstate(all="ignore"):
-            g, slope = self.law.stieltjes_and_slope(w)
-            h, dh = 1.0 / g - w, -slope / g**2 - 1.0
-            bad = ~(np.isfinite(h) & np.isfinite(dh))
+        h, dh = self._near(w)
+        bad = ~(np.isfinite(h) & np.isfinite(dh))
         if bad.any():  # on an atom, or where G is singular: step off by a hair
-            near = w[bad] + 1e-14j * np.maximum(np.abs(w[bad]), 1e-3 * self.radius)
-            with np.errstate(all="ignore"):
-                g, slope = self.law.stieltjes_and_slope(near)
-                h[bad], dh[bad] = 1.0 / g - near, -slope / g**2 - 1.0
-        far = np.abs(w) > _FAR * self.radius
-        if far.any():
-            h[far], dh[far] = self._far(w[far])
+            h[bad], dh[bad] = self._near(w[bad] + 1e-14j * np.maximum(np.abs(w[bad]), 1e-3 * self.radius))
+        if not isinstance(self.law, Discrete):
+            far = np.abs(w) > _FAR * self.radius
+            if far.any():
+                h[far], dh[far] = self._far(w[far])
         return h, dh
 
+    def _near(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(self.law, Discrete):
+            return self.law.shift(w)
+        with np.errstate(all="ignore"):
+            g, slope = self.law.stieltjes_and_slope(w)
+            return 1.0 / g - w, -slope / g**2 - 1.0
+
     def _far(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        k = np.arange(1, 9)
-        inverse = 1.0 / w
-        terms = self.moments[1:, None] * inverse ** k[:, None]
-        m, dm = terms.sum(axis=0), -(k[:, None] * terms).sum(axis=0)  # dm = w M'(w)
-        scaled = self.moments[1:, None] * inverse ** (k[:, None] - 1)  # w M without a product of large and small
-        return -scaled.sum(axis=0) / (1 + m), -(m + m**2 + dm) / (1 + m) ** 2
+        inverse = self.radius / w
+        m, dm = np.zeros_like(w), np.zeros_like(w)
+        for k in range(_TERMS, 1, -1):  # Horner's rule for M / inverse and -w M'(w) / inverse
+            m, dm = inverse * (m + self.moments[k - 1]), inverse * (dm + k * self.moments[k - 1])
+        scaled = self.radius * (m + self.moments[0])  # w M without a product of large and small
+        m, dm = inverse * (m + self.moments[0]), -inverse * (dm + self.moments[0])
+        return -scaled / (1 + m), -(m + m**2 + dm) / (1 + m) ** 2
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,14 @@ class Geometry:
     def length(self, w: np.ndarray) -> np.ndarray:
         """Unit in which errors of a coordinate are counted."""
         return np.asarray(np.maximum(np.abs(w), self._grain))
+
+    def distance(self, w: np.ndarray) -> np.ndarray:
+        """Moduli of the points in units of their laws' radii."""
+        return np.asarray(np.abs(w) / self._radii)
+
+    @cached_property
+    def _radii(self) -> np.ndarray:
+        return np.array([[f.radius] for f in self.factors])
 
     @cached_property
     def _grain(self) -> np.ndarray:
@@ -172,6 +189,11 @@ class LogGeometry(Geometry):
     def length(self, w: np.ndarray) -> np.ndarray:
         """Relative errors: one."""
         return np.ones(w.shape)
+
+    def distance(self, w: np.ndarray) -> np.ndarray:
+        """Moduli of the points in units of their laws' radii."""
+        with np.errstate(all="ignore"):
+            return np.asarray(np.exp(w.real) / self._radii)
 
     def fields(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """k_i(lambda_i) = -log(-h_i) and its derivative, one row a law."""

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Complex, Float
+from scipy.special import log1p
 
 from torch_rmt.measures.half_plane import Numbers
 
@@ -49,13 +50,16 @@ def _circle(hull: tuple[float, float], stretch: float | int) -> tuple[float, flo
     return centre, stretch * max(radius, 1e-3 * abs(centre), 1e-300)
 
 
-def contour_moment(measure: Transformed, k: int, hull: tuple[float, float]) -> float:
-    """m_k = (1 / 2 pi i) times the integral of z^k G(z) dz around the support, by the trapezoidal rule on a circle."""
+def contour_moments(
+    measure: Transformed, count: int, hull: tuple[float, float], unit: float | int = 1.0
+) -> Float[np.ndarray, " n"]:
+    """m_k / unit^k, k = 1 .. count: (1 / 2 pi i) times the integral of (z / unit)^k G(z) dz, the trapezoidal rule."""
     centre, radius = _circle(hull, 1.5)
     angle = np.pi * (np.arange(_CONTOUR_POINTS) + 0.5) / _CONTOUR_POINTS
     arm = radius * np.exp(1j * angle)
     z = centre + arm
-    return float(np.mean(z**k * np.asarray(measure.stieltjes(z)) * arm).real)
+    power = np.cumprod(np.broadcast_to(z / unit, (count, z.size)), axis=0)
+    return np.asarray((power * (np.asarray(measure.stieltjes(z)) * arm)).mean(axis=1).real)
 
 
 def potential(measure: Transformed, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
@@ -88,8 +92,8 @@ def _far_potential(
     delta = z[:, None] - centre
     log_delta = np.log(delta)
     lower = np.conj(mass)
-    upper_part = np.log1p(-arm / delta) * mass
-    lower_part = np.log1p(-np.conj(arm) / delta) * lower
+    upper_part = log1p(-arm / delta) * mass
+    lower_part = log1p(-np.conj(arm) / delta) * lower
     return np.asarray(log_delta[:, 0] + 0.5 * (upper_part + lower_part).sum(axis=1))
 
 

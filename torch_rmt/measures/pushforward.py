@@ -22,6 +22,9 @@ _ORDER = 16  # Gauss-Legendre nodes and Chebyshev coefficients a panel
 _HALVINGS = 22  # panels that shrink towards a critical point, where the image turns back
 _CLOSE = 1.0  # image radii within which a point's pole is subtracted from a panel's integrand
 
+# row j holds the coefficients of the Chebyshev polynomial T_j in powers
+_TO_POWERS = np.stack([np.append(chebyshev.cheb2poly([0] * j + [1]), np.zeros(_ORDER - 1 - j)) for j in range(_ORDER)])
+
 
 class GaussianPushforward(SpectralMeasure):
     """Law of fn(sqrt(variance) Z), Z standard normal, for fn real, smooth between its kinks.
@@ -52,7 +55,9 @@ class GaussianPushforward(SpectralMeasure):
         values = self._values(left, right)
         size = np.abs(values).max()
         flat = np.ptp(values, axis=1) <= 8 * np.finfo(float).eps * np.abs(values).max(axis=1)
-        flat &= right - left > 1e-4  # the short panels beside a critical point are no atoms
+        # the short panels beside a critical point are no atoms, unless they continue one
+        plateaus = values[flat & (right - left > 1e-4)].mean(axis=1)
+        flat &= (right - left > 1e-4) | np.isin(values.mean(axis=1), plateaus)
         mass = ndtr(right) - ndtr(left)
         self._atoms = _gather(values[flat].mean(axis=1), mass[flat], size)
         keep = ~flat
@@ -61,11 +66,18 @@ class GaussianPushforward(SpectralMeasure):
         self._values_at = values[keep]
         self._gauss = weight * np.exp(-0.5 * self._nodes**2) / np.sqrt(2 * np.pi)
         self._weight = weight
-        self._coefficients = _fit(self._values_at)
-        ends = np.stack([_evaluate(self._coefficients, np.full(keep.sum(), e)) for e in (-1.0, 1.0)])
+        # the panels' polynomials with two derivatives, in powers of the panel's own variable in [-1, 1]
+        powers = _fit(self._values_at) @ _TO_POWERS
+        self._polynomials = np.stack([powers, _derivative(powers), _derivative(_derivative(powers))])
+        ends = np.stack([powers @ (-1.0) ** np.arange(_ORDER), powers.sum(axis=1)])
         lowest, highest = self._values_at.min(axis=1), self._values_at.max(axis=1)
         # rounding at an end must not carry a function of one sign across zero
-        self._ends = np.where(lowest >= 0, np.maximum(ends, 0.0), np.where(highest <= 0, np.minimum(ends, 0.0), ends))
+        ends = np.where(lowest >= 0, np.maximum(ends, 0.0), np.where(highest <= 0, np.minimum(ends, 0.0), ends))
+        joint = (self._left[1:] == self._right[:-1]) & (np.abs(ends[0, 1:] - ends[1, :-1]) <= 1e-13 * size)
+        one, two = ends[1, :-1][joint], ends[0, 1:][joint]
+        # neighbours share an end bit by bit, so that their logarithms cancel
+        ends[1, :-1][joint] = ends[0, 1:][joint] = np.where(one * two <= 0, 0.0, one)
+        self._ends = ends
 
     def __repr__(self) -> str:
         return f"GaussianPushforward({getattr(self.fn, '__name__', self.fn)!s}, variance={self.gaussian_variance})"
@@ -134,38 +146,80 @@ class GaussianPushforward(SpectralMeasure):
             t0, ok = self._pole(z[which], panel)
             which, panel, t0 = which[ok], panel[ok], t0[ok]
             share = residue(t0, panel)
-            a, b = self._left[panel], self._right[panel]
             with np.errstate(all="ignore"):
-                exact = np.log(t0 - a) - np.log(t0 - b)
+                after, until = self._from_ends(z[which], t0, panel)
                 rising = self._ends[1, panel] > self._ends[0, panel]
-                exact = np.where(rising, exact, np.conj(np.log(np.conj(t0) - a) - np.log(np.conj(t0) - b)))
+                exact = np.log(after) - np.log(until)
+                exact = np.where(rising, exact, np.conj(np.log(np.conj(after)) - np.log(np.conj(until))))
                 inverse = 1.0 / (t0[:, None] - self._nodes[panel])
                 rest = exact - (self._weight[panel] * inverse).sum(axis=1)
-                term = share * rest
+                # beside a node the sum and what is subtracted from it must see the same distance
+                node = np.abs(inverse).argmax(axis=1)
+                seen = 1.0 / (z[which] - self._values_at[panel, node])
+                same = 1.0 / self._from_node(t0, panel, node)
+                weight = weights[panel, node]
+                term = share * rest + weight * (same - seen)
                 np.add.at(result, which, np.where(np.isfinite(term), term, 0.0))
                 if with_slope:
                     first, second = self._derivatives(t0, panel)
-                    change = 1.0 / (t0 - a) - 1.0 / (t0 - b) + (self._weight[panel] * inverse**2).sum(axis=1)
-                    term = share * (rest * (-t0 - second / first) + change) / first
+                    change = 1.0 / after - 1.0 / until + (self._weight[panel] * inverse**2).sum(axis=1)
+                    term = share * (rest * (-t0 - second / first) + change) / first - weight * (same**2 - seen**2)
                     np.add.at(slope, which, np.where(np.isfinite(term), term, 0.0))
         return result, slope
 
+    def _from_ends(self, z: np.ndarray, t: np.ndarray, panel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distance of a pole from its panel's ends; close to an end from the image, which neighbours share."""
+        from_ends = []
+        for end, value in ((self._left[panel], self._ends[0, panel]), (self._right[panel], self._ends[1, panel])):
+            delta = t - end
+            close = np.abs(delta) < 1e-8 * (self._right[panel] - self._left[panel])
+            if close.any():
+                image = np.where(z == value, 1e-300j, z - value)[close]
+                delta[close] = image / self._derivatives(t[close], panel[close])[0]
+            from_ends.append(delta)
+        return from_ends[0], from_ends[1]
+
+    def _from_node(self, t: np.ndarray, panel: np.ndarray, node: np.ndarray) -> np.ndarray:
+        """Polynomial at t less its value at a node of the panel, without cancellation."""
+        half = 0.5 * (self._right[panel] - self._left[panel])
+        x = (t - 0.5 * (self._right[panel] + self._left[panel])) / half
+        quotient = (_powers(x)[:, :-1] * self._deflated[panel, node]).sum(axis=1)
+        return np.asarray(quotient * (t - self._nodes[panel, node]) / half)
+
+    @cached_property
+    def _deflated(self) -> np.ndarray:
+        """Coefficients of (p(x) - p(node)) / (x - node) for each panel and node, by synthetic division."""
+        x, _ = np.polynomial.legendre.leggauss(_ORDER)
+        powers = self._polynomials[0]
+        result = np.zeros((powers.shape[0], _ORDER, _ORDER - 1))
+        result[:, :, -1] = powers[:, -1:]
+        for j in range(_ORDER - 2, 0, -1):
+            result[:, :, j - 1] = powers[:, j : j + 1] + x * result[:, :, j]
+        return result
+
     def _pole(self, z: np.ndarray, panel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Solve fn(t) = z on the panel's own polynomial; whether a root was found near the panel."""
-        coefficients = self._coefficients[panel]
-        slope = chebyshev.chebder(coefficients, axis=1)
+        polynomial, slope = self._polynomials[0, panel], self._polynomials[1, panel]
         first, last = self._ends[0, panel], self._ends[1, panel]
         with np.errstate(all="ignore"):
             x = (2 * z - first - last) / (last - first)
             x = np.where(np.abs(x) > 1.5, 1.5 * x / np.abs(x), x)
-        for _ in range(20):
+        size = np.full(x.shape, np.inf)
+        todo = np.arange(x.size)
+        for _ in range(14):
+            here = x[todo]
+            powers = _powers(here)
             with np.errstate(all="ignore"):
-                step = (_evaluate(coefficients, x) - z) / _evaluate(slope, x)
+                step = ((powers * polynomial[todo]).sum(axis=1) - z[todo]) / (powers * slope[todo]).sum(axis=1)
                 step = np.where(np.abs(step) > 0.5, 0.5 * step / np.abs(step), step)
-            x = x - np.where(np.isfinite(step), step, 0.0)
-            if np.all((np.abs(step) < 1e-13) | ~np.isfinite(step) | (np.abs(x) > 5)):
+            step = np.where(np.isfinite(step), step, 0.0)
+            x[todo], far = here - step, np.abs(here) > 3
+            before, size[todo] = size[todo], np.abs(step)
+            stalled = (size[todo] < 1e-10) & (size[todo] > 0.25 * before)  # all rounding from here
+            todo = todo[~((size[todo] < 1e-13) | stalled | far)]
+            if not todo.size:
                 break
-        ok = (np.abs(x) < 2.5) & (np.abs(step) < 1e-8)
+        ok = (np.abs(x) < 2.5) & (size < 1e-8)
         rising = last > first
         half = 0.5 * (self._right[panel] - self._left[panel])
         t = 0.5 * (self._right[panel] + self._left[panel]) + half * x
@@ -178,8 +232,8 @@ class GaussianPushforward(SpectralMeasure):
         """fn' and fn'' of the standardised argument, from the panel's polynomial."""
         half = 0.5 * (self._right[panel] - self._left[panel])
         x = (t - 0.5 * (self._right[panel] + self._left[panel])) / half
-        first = chebyshev.chebder(self._coefficients[panel], axis=1)
-        return _evaluate(first, x) / half, _evaluate(chebyshev.chebder(first, axis=1), x) / half**2
+        first, second = (_powers(x) * self._polynomials[1:, panel]).sum(axis=2)
+        return first / half, second / half**2
 
     def _residue(self, t: np.ndarray, panel: np.ndarray) -> np.ndarray:
         return np.asarray(np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi) / self._derivatives(t, panel)[0])
@@ -223,15 +277,14 @@ class GaussianPushforward(SpectralMeasure):
         with np.errstate(all="ignore"):
             result, _ = self._cauchy(flat, inside * slope * self._weight, residue)
             last = self._ends[1, panels]
-            result = result + np.log(flat[:, None] - last) @ self._mass
+            result = result + np.log(np.where(flat[:, None] == last, 1e-300j, flat[:, None] - last)) @ self._mass
             for location, mass in self._atoms:
                 result = result + mass * np.log(flat - location)
         return unfold(result.reshape(points.shape), below)
 
     def _slope_at_nodes(self, x: np.ndarray) -> np.ndarray:
         half = 0.5 * (self._right - self._left)
-        slope = chebyshev.chebder(self._coefficients, axis=1)
-        return np.asarray(chebyshev.chebval(x, slope.T) / half[:, None])
+        return np.asarray(self._polynomials[1] @ _powers(x).T / half[:, None])
 
     def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Gaussian mass of the set where fn <= x, from its roots on the monotone panels."""
@@ -320,12 +373,18 @@ def _fit(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.solve(chebyshev.chebvander(x, _ORDER - 1), values.T).T)
 
 
-def _evaluate(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Clenshaw's rule, one polynomial a point."""
-    one, two = np.zeros_like(x), np.zeros_like(x)
-    for j in range(coefficients.shape[1] - 1, 0, -1):
-        one, two = coefficients[:, j] + 2 * x * one - two, one
-    return np.asarray(coefficients[:, 0] + x * one - two)
+def _powers(x: np.ndarray) -> np.ndarray:
+    """Powers 0 to 15, one row a point: for few points much faster than any rule of fewer operations."""
+    table = np.ones((x.size, _ORDER), dtype=x.dtype)
+    table[:, 1:] = x[:, None]
+    return np.asarray(np.cumprod(table, axis=1, out=table))
+
+
+def _derivative(powers: np.ndarray) -> np.ndarray:
+    """Of polynomials in powers, one a row, with as many coefficients."""
+    result = np.zeros_like(powers)
+    result[:, :-1] = powers[:, 1:] * np.arange(1, _ORDER)
+    return result
 
 
 def _gather(values: np.ndarray, mass: np.ndarray, size: float | int) -> tuple[Atom, ...]:

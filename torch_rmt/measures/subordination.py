@@ -11,6 +11,7 @@ from torch_rmt.measures.geometry import Geometry, LogGeometry
 
 _TOLERANCE = 1e-12  # largest residual of a solution that is handed out
 _INTERIOR = 1e-11  # imaginary part (relative) from which a solution counts as interior, hence unique
+_STALLED = 1e-9  # relative size of Newton steps that are taken for rounding once they shrink no more
 _COARSE = 16  # every so manieth point is solved by continuation, the others start from their neighbours
 
 
@@ -96,13 +97,16 @@ def _newton(
             step = np.where(relative > 0.5, step * (0.5 / relative), step)
         step = np.where(np.isfinite(step), step, 1e-3j * unit)
         w[:, active] = _reflect(geometry, here + step)
-        size[active] = np.where(np.isfinite(relative), relative, np.inf)
-        active = active[~(size[active] < tolerance)]
+        relative = np.where(np.isfinite(relative), relative, np.inf)
+        stalled = (relative < _STALLED) & (relative > 0.25 * size[active])  # all rounding from here
+        size[active] = np.where(stalled, np.minimum(size[active], relative), relative)
+        active = active[~((relative < tolerance) | stalled)]
         if not active.size:
             break
     quiet = size < tolerance
-    if active.size:  # the steps may be all rounding
-        quiet[active] = _residual(geometry, zeta[active], w[:, active])[0] < 0.1 * _TOLERANCE
+    rest = np.flatnonzero(~quiet)
+    if rest.size:  # the steps may be all rounding
+        quiet[rest] = _residual(geometry, zeta[rest], w[:, rest])[0] < 0.1 * _TOLERANCE
     return w, size, quiet
 
 
@@ -119,9 +123,12 @@ def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.n
 
 
 def _is_real(geometry: Geometry, w: np.ndarray) -> Bool[np.ndarray, "k n"]:
-    """Whether coordinates stand for real points: for products also in the middle of a strip of width 2 pi."""
+    """Whether coordinates stand for real points: for products also in the middle of a strip of width 2 pi.
+
+    A coordinate far outside its law comes from a G near 0, which magnifies rounding by the same factor once more.
+    """
     turn = np.abs(np.sin(w.imag)) if isinstance(geometry, LogGeometry) else np.abs(w.imag) / geometry.length(w)
-    return np.asarray(turn <= _INTERIOR)
+    return np.asarray(turn <= _INTERIOR * np.maximum(1.0, geometry.distance(w)))
 
 
 def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarray, " n"]:
@@ -153,6 +160,10 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
         w = w.copy()
         w[:, rest[fine]] = real[:, fine]
         accepted[rest[fine]] = True
+        # in an exponentially thin tail the solution is interior, but nearer to the axis than rounding
+        thin = rest[~fine & good[rest]]
+        _, dh, c = _residual(geometry, zeta[thin], w[:, thin])
+        accepted[thin] = _stable(geometry, zeta[thin], w[:, thin], dh, c)
     return w, accepted
 
 
