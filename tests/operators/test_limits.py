@@ -28,8 +28,9 @@ from torch_rmt.operators import (
     layer_blocks,
 )
 from torch_rmt.operators import ladder as ladder_module
-from torch_rmt.spectra import affordable_spectrum, exact
+from torch_rmt.spectra import exact
 from torch_rmt.spectra import exact as exact_function
+from torch_rmt.spectra.affordable import affordable_spectrum
 
 
 def _setting(samples: int, width: int = 24, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
