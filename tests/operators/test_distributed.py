@@ -13,7 +13,17 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from torch_rmt.operators import AllReduced, Fisher, GaussNewton, GradientCovariance, Hessian, dense, unsharded
+from torch_rmt.operators import (
+    AllReduced,
+    EngineError,
+    Fisher,
+    GaussNewton,
+    GradientCovariance,
+    Hessian,
+    ShardedHessian,
+    dense,
+    unsharded,
+)
 
 
 class Tied(nn.Module):
@@ -66,6 +76,31 @@ def _rank(rank: int, folder: str) -> None:
     whole = unsharded(sharded, skeleton)
     assert whole.b.weight is whole.a.weight
     assert not whole.a.bias.requires_grad
+    for p in sharded.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    before = [(p.to_local().clone(), p.grad) for p in sharded.parameters()]
+    random_state = torch.get_rng_state()
+    differences = ShardedHessian(sharded, F.cross_entropy, (x[part], y[part]))
+    assert differences.adjoint() is differences
+    results["differences"] = dense(differences)
+    for p, (values, gradient) in zip(sharded.parameters(), before, strict=True):
+        assert torch.equal(p.to_local(), values)
+        assert p.grad is gradient
+    assert torch.equal(random_state, torch.get_rng_state())
+    results["differences of rank 0 vectors"] = differences.matmat(V[: differences.shape[0]])
+    try:
+        ShardedHessian(sharded, F.cross_entropy, [(x, y)] * (1 + rank))
+    except ValueError as refused:
+        results["uneven ranks"] = torch.tensor(len(str(refused)))
+    rough = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3)).double()
+    with torch.no_grad():  # half the units stand on their kink
+        rough[0].bias.zero_()
+        rough[0].weight.mul_(1e-7)
+    fully_shard(rough, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        ShardedHessian(rough, F.cross_entropy, (x, y)).matmat(torch.ones(515, 1, dtype=torch.float64))
+    except EngineError as refused:
+        results["rough"] = torch.tensor(len(str(refused)))
     results["sharded"] = dense(Hessian(whole, F.cross_entropy, (x, y), "*"))
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -82,6 +117,12 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert torch.equal(first[name], second[name])
     assert torch.equal(first["rank 0 vectors"], second["rank 0 vectors"])
     assert int(first["refusal"]) > 0
+    assert torch.equal(first["differences of rank 0 vectors"], second["differences of rank 0 vectors"])
+    assert int(first["uneven ranks"]) > 0
+    assert int(first["rough"]) > 0
+    trained = [n for n, _ in model.named_parameters() if n != "a.bias"]
+    expected = dense(Hessian(model, F.cross_entropy, (x, y), trained))
+    assert float((first["differences"] - expected).norm()) < 1e-6 * float(expected.norm())
     expected = dense(Hessian(model, F.cross_entropy, (x, y), "*"))
     torch.testing.assert_close(first["sharded"], expected, rtol=1e-10, atol=1e-12)
 
@@ -90,6 +131,8 @@ def test_one_process_is_told_so() -> None:
     model, x, y = _setting()
     with pytest.raises(RuntimeError, match="not initialised"):
         AllReduced(Hessian(model, F.cross_entropy, (x, y)))
+    with pytest.raises(RuntimeError, match="not initialised"):
+        ShardedHessian(model, F.cross_entropy, (x, y))
 
 
 def test_a_skeleton_of_another_model_is_refused() -> None:

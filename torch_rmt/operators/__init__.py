@@ -14,6 +14,7 @@ from torch_rmt.operators.jacobian import Jacobian
 from torch_rmt.operators.kernel import NeuralTangentKernel, conjugate_kernel
 from torch_rmt.operators.memory import is_out_of_memory
 from torch_rmt.operators.plan import Cost, Plan, Route, cost, exact_routes, lanczos_route, plan
+from torch_rmt.operators.sharded import ShardedHessian
 from torch_rmt.operators.sweep import (
     LayerNorms,
     activation_slopes,
@@ -43,6 +44,7 @@ __all__ = [
     "Plan",
     "Route",
     "Scaled",
+    "ShardedHessian",
     "Transposed",
     "activation_slopes",
     "adam_scale",

@@ -1,0 +1,161 @@
+"""Hessian of a model whose parameters are sharded (FSDP2), by central differences: no rank holds the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from torch_rmt.guard import undisturbed
+from torch_rmt.operators.base import LinearOperator
+from torch_rmt.operators.batches import as_pairs, sample_count
+from torch_rmt.operators.engines import EngineError
+from torch_rmt.operators.losses import Loss, checked_loss, count_terms
+from torch_rmt.operators.pure import MASK_SEED, select
+
+
+class ShardedHessian(LinearOperator):
+    """Hessian over every rank's batches by the parameters of a model under `fully_shard`, shards in place.
+
+    `H v = (g(theta + h v) - g(theta - h v)) / 2h` with plain `backward()`, which FSDP reduces; parameters, gradients
+    and graphs stay sharded, and are put back bit for bit. Vectors are whole on every rank, those of rank 0 count,
+    and all ranks must multiply together. The first product is made with two steps, and refused where these disagree.
+    About 1e-4 off in float32; where the whole model fits on a rank `Hessian(unsharded(...), ...)` is exact and
+    faster.
+
+    Raises:
+        RuntimeError: `torch.distributed` is not initialised.
+        ValueError: ranks with different numbers of batches, a name that matches nothing, a non-finite loss.
+        EngineError: at the first product, where the model is not smooth.
+    """
+
+    symmetric = True
+
+    def __init__(self, model: nn.Module, loss: Loss, batch: Any, params: str | Sequence[str] | None = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("torch.distributed is not initialised; in one process use Hessian")
+        self.model, self.loss, self.pairs = model, loss, as_pairs(batch)
+        self.names = select(model, params)
+        named = dict(model.named_parameters())
+        self._params = [named[name] for name in self.names]
+        self._sizes = [p.numel() for p in self._params]
+        terms = [count_terms(loss, y, sample_count(x)) for x, y in self.pairs]
+        totals = torch.tensor([sum(terms), len(terms)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        ranks = dist.get_world_size()
+        if float(totals[1]) != ranks * len(terms):
+            raise ValueError("every rank needs the same number of batches, or the ranks wait for one another for ever")
+        # FSDP averages gradients over the ranks.
+        self._weights = [t * ranks / float(totals[0]) for t in terms]
+        self._size = torch.stack([_whole(p.detach().norm()) for p in self._params]).norm().item()
+        self._checked = False
+        self.notes: tuple[str, ...] = ("central differences on sharded parameters",)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Parameters by parameters, of the whole model."""
+        return (sum(self._sizes), sum(self._sizes))
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's shards live."""
+        return self._params[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return self._params[0].dtype
+
+    def adjoint(self) -> LinearOperator:
+        """Return itself: symmetric."""
+        return self
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
+        """Columns `H v`, two gradients each (four for the first)."""
+        V = V.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(V, 0)
+        columns = []
+        with undisturbed(self.model):
+            for v in V.T:
+                norm = float(v.norm())
+                if norm == 0:
+                    columns.append(torch.zeros_like(v))
+                    continue
+                h = torch.finfo(self.dtype).eps ** (1 / 3) * (1.0 + self._size) / norm
+                image = self._slope(v, h)
+                if not self._checked:
+                    self._check(image, self._slope(v, 2 * h))
+                columns.append(image)
+        return torch.stack(columns, dim=1) if columns else V
+
+    def _check(self, fine: Tensor, coarse: Tensor) -> None:
+        gap = float((fine - coarse).norm()) / max(float(fine.norm()), 1e-30)
+        if gap > (1e-3 if self.dtype == torch.float64 else 0.02):
+            raise EngineError(
+                f"central differences with two steps differ by {gap:.1%}: the model is not smooth here (ReLU, "
+                "max-pooling) or its precision is too low; gather it with unsharded() and use Hessian"
+            )
+        self._checked = True
+
+    def _slope(self, v: Tensor, h: float) -> Tensor:
+        own = [_local(p.data) for p in self._params]
+        saved = [t.clone() for t in own]
+        pieces = [t.reshape(p.shape) for t, p in zip(torch.split(v, self._sizes), self._params, strict=True)]
+        shards = [_local(_like(t, p)) for t, p in zip(pieces, self._params, strict=True)]
+        gradients = []
+        try:
+            for sign in (1.0, -1.0):
+                with torch.no_grad():
+                    for t, before, step in zip(own, saved, shards, strict=True):
+                        torch.add(before, step, alpha=sign * h, out=t)
+                gradients.append(self._gradient())
+        finally:
+            with torch.no_grad():
+                for t, before in zip(own, saved, strict=True):
+                    t.copy_(before)
+        return (gradients[0] - gradients[1]) / (2 * h)
+
+    def _gradient(self) -> Tensor:
+        """Gradient of the mean loss over all ranks, gathered one parameter at a time."""
+        torch.manual_seed(MASK_SEED)
+        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        for (inputs, targets), weight in zip(self.pairs, self._weights, strict=True):
+            args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+            torch.autograd.backward(weight * checked_loss(self.loss(self.model(*args), targets)))
+            with torch.no_grad():
+                for b, before in buffers:
+                    b.copy_(before)
+        pieces = []
+        for p in self._params:
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            whole = _whole(gradient.detach())
+            if whole is gradient:  # not sharded, so FSDP has not reduced it
+                dist.all_reduce(whole)
+                whole /= dist.get_world_size()
+            pieces.append(whole.flatten())
+        for p in self.model.parameters():
+            p.grad = None
+        return torch.cat(pieces)
+
+
+def _whole(t: Tensor) -> Tensor:
+    full: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return full
+
+
+def _local(t: Tensor) -> Tensor:
+    own: Tensor = t.to_local() if hasattr(t, "to_local") else t
+    return own
+
+
+def _like(t: Tensor, p: Tensor) -> Tensor:
+    """The shard of a whole tensor that lies where the parameter's does; no communication."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(p, DTensor):
+        return t
+    return distribute_tensor(t.contiguous(), p.device_mesh, p.placements, src_data_rank=None)
