@@ -285,6 +285,12 @@ PREDICTIONS: dict[str, PredictionRow] = {
     "fisher tanh": PredictionRow(FisherCase("tanh"), sizes=(6, 10, 16), constant=1.2),
     "fisher relu": PredictionRow(FisherCase("relu"), sizes=(6, 10, 16), constant=1.9),
     "fisher linear": PredictionRow(FisherCase("linear"), sizes=(6, 10, 18), constant=1.0),
+    "deep fisher gaussian": PredictionRow(
+        DeepFisherCase("tanh", 3, 1.3), sizes=(24, 64, 160), seeds=16, rate=0.5, constant=0.9
+    ),
+    "deep fisher orthogonal": PredictionRow(
+        DeepFisherCase("tanh", 3, 1.3, "orthogonal"), sizes=(24, 64, 160), seeds=16, rate=0.5, constant=0.7
+    ),
     "deep fisher relu": PredictionRow(
         DeepFisherCase("relu", 3, 2.0**0.5), sizes=(24, 64, 160), seeds=24, rate=0.5, constant=1.9
     ),

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtri
 
 from tests.theory.drawn_matrices import TORCH_ACTIVATIONS, deep_theta, normal
 from torch_rmt.measures import FussCatalan
@@ -14,11 +15,13 @@ from torch_rmt.theory import (
     DeepFisherLaw,
     FisherLaw,
     FisherStep,
+    as_activation,
     deep_fisher_spectrum,
     deep_fisher_statistics,
     fisher_spectrum,
     linear_fisher_density,
 )
+from torch_rmt.theory.deep_fisher_edges import discrete_slopes
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "linear"])
@@ -58,7 +61,7 @@ def test_no_linear_part_leaves_two_atoms() -> None:
 
 
 def test_deep_linear_two_layers_is_a_shifted_marchenko_pastur() -> None:
-    step = FisherStep(shift=0.7, gain=1.3, slopes2=(1.0,), weights=(1.0,), gaussian=True)
+    step = FisherStep(shift=0.7, gain=1.3, slopes=discrete_slopes([1.0]), gaussian=True)
     law = DeepFisherLaw(start=0.9, steps=(step,))
     x = np.linspace(1.0, 4.0, 20)
     known = FussCatalan(1).density((x - 0.7) / (1.3 * 0.9)) / (1.3 * 0.9)
@@ -79,8 +82,7 @@ def test_deep_fisher_of_drawn_networks_converges(ensemble: str) -> None:
                 FisherStep(
                     shift=second,
                     gain=1.69,
-                    slopes2=tuple(slope.tolist()),
-                    weights=(1.0 / n,) * n,
+                    slopes=discrete_slopes(slope.numpy()),
                     gaussian=ensemble == "gaussian",
                 )
                 for second, slope in zip(seconds[1:], slopes2, strict=False)
@@ -93,6 +95,41 @@ def test_deep_fisher_of_drawn_networks_converges(ensemble: str) -> None:
         distances.append(np.mean(found))
     assert distances[2] < 0.4 * distances[0], distances
     assert all(d < 8.0 / n for d, n in zip(distances, (32, 64, 128), strict=True)), distances
+
+
+@pytest.mark.parametrize("activation", ["tanh", "elu"])
+def test_two_orthogonal_layers_are_the_law_of_the_slopes_itself(activation: str) -> None:
+    """Theta_2 = shift + sigma_w^2 W D^2 W^T: a continuous law, hard edges and all, by sampling h."""
+    prediction = deep_fisher_spectrum(activation, depth=2, width=10**9, sigma_w=1.2, ensemble="orthogonal")
+    phi = as_activation(activation)
+    h = 1.2 * ndtri((np.arange(200_000) + 0.5) / 200_000)
+    second = np.mean(phi.value(h) ** 2)
+    values = np.sort(second + 1.44 * phi.derivative(h) ** 2)
+    x = np.linspace(values[0], values[-1], 60)[1:-1]
+    expected = np.searchsorted(values, x, side="right") / len(values)
+    np.testing.assert_allclose(prediction.measure.cdf(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("ensemble", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize(("activation", "sigma_w"), [("tanh", 1.3), ("relu", 2.0**0.5), ("gelu", 1.4), ("linear", 1.0)])
+def test_outer_edges_of_the_deep_fisher_law(activation: str, sigma_w: float, ensemble: str) -> None:
+    """Between the edges mass one less the atoms; just above the upper edge none."""
+    law = deep_fisher_spectrum(activation, depth=3, width=300, sigma_w=sigma_w, ensemble=ensemble).measure
+    atoms = sum(mass for _, mass in law.atoms())
+    if not law.support():
+        assert atoms == pytest.approx(1.0)
+        return
+    (low, high) = law.support()[0][0], law.support()[-1][1]
+    nodes, weights = np.polynomial.legendre.leggauss(300)
+    total = atoms
+    for a, b in law.support():
+        x = 0.5 * (a + b) - 0.5 * (b - a) * np.cos(0.5 * np.pi * (nodes + 1.0))
+        total += law.density(x) @ (0.25 * np.pi * (b - a) * np.sin(0.5 * np.pi * (nodes + 1.0)) * weights)
+    # the quadrature is a coarse one at a hard edge
+    assert total == pytest.approx(1.0, abs=3e-3)
+    beside = np.array([high + 1e-4 * (high - low), high - 1e-4 * (high - low)])
+    outside, inside = -law.stieltjes(beside).imag
+    assert inside > 1e-3 / (high - low) > 1e-6 / (high - low) > outside
 
 
 def test_deep_fisher_prediction_has_mass_one_and_its_mean() -> None:

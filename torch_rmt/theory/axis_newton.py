@@ -189,6 +189,8 @@ class NewtonLaw(SpectralMeasure):
     def _band_masses(self) -> tuple[float, ...]:
         """Mass of each band: what is left at its right end less what was there at its left, atoms apart."""
         bands = self.support()
+        if not bands:
+            return ()
         if len(bands) == 1:
             return (1.0 - sum(mass for _, mass in self.atoms()),)
         middles = np.array([0.5 * (a[1] + b[0]) for a, b in itertools.pairwise(bands)])

@@ -11,9 +11,10 @@ import numpy as np
 
 from torch_rmt.theory.activation import Activation, as_activation
 from torch_rmt.theory.deep_fisher_law import DeepFisherLaw, FisherStep
-from torch_rmt.theory.expected_error import rigid_error, scale_error
+from torch_rmt.theory.expected_error import rigid_error, scale_error, shift_error
 from torch_rmt.theory.gaussian import gaussian_expectation, gaussian_rule
 from torch_rmt.theory.prediction import Prediction
+from torch_rmt.theory.slope_law import slope_law
 
 
 def deep_fisher_spectrum(
@@ -57,14 +58,12 @@ def deep_fisher_spectrum(
     for _ in range(depth - 1):
         q = sigma_w**2 * second + sigma_b**2
         nodes, weights = gaussian_rule(q, phi.kinks, order=8)
-        slopes2, parts = _merged(phi.derivative(nodes) ** 2, weights)
         second = float(weights @ phi.value(nodes) ** 2)
         steps.append(
             FisherStep(
                 shift=second + bias,
                 gain=sigma_w**2,
-                slopes2=slopes2,
-                weights=parts,
+                slopes=slope_law(phi, q, order=8),
                 gaussian=ensemble == "gaussian",
             )
         )
@@ -78,30 +77,27 @@ def deep_fisher_spectrum(
             "one sample; the derivatives of a layer are independent Gaussian functions, free of the weights",
         ),
         reference="Hayase and Karakida 2020, Fisher information of networks achieving dynamical isometry",
-        finite_size_error=float(
-            min(
-                1.0,
-                np.hypot(
-                    rigid_error(width),
-                    scale_error(
-                        law,
-                        _scale_deviation(
-                            phi, depth, width, sigma_w**2, sigma_b**2, input_second_moment, ensemble == "orthogonal"
-                        ),
-                    ),
-                ),
-            )
+        finite_size_error=_expected_error(
+            law, phi, depth, width, sigma_w**2, sigma_b**2, input_second_moment, ensemble == "orthogonal"
         ),
     )
 
 
-def _scale_deviation(
-    phi: Activation, depth: int, width: int, gain: float, bias: float, second: float, orthogonal: bool
+def _expected_error(
+    law: DeepFisherLaw,
+    phi: Activation,
+    depth: int,
+    width: int,
+    gain: float,
+    bias: float,
+    second: float,
+    orthogonal: bool,
 ) -> float:
-    """Relative standard deviation of the mean eigenvalue over drawn networks, to first order in 1/width.
+    """Rigid eigenvalues, and what one network's own lengths and slopes do: scale the law, and move its lower end.
 
-    The mean is a sum over layers of |x_l|^2/n times the later mean slopes; what n units add to phi^2 and phi'^2 of
-    layer k moves the terms from k on, and those below k. For Haar weights less the part along h^2.
+    To first order in 1/width. The mean eigenvalue is a sum over layers of |x_l|^2/n times the later mean slopes; what
+    n units add to phi^2 and phi'^2 of layer k moves the terms from k on, and those below k. The lower end is the last
+    |x_l|^2/n. For Haar weights less the part along h^2.
     """
     seconds, slopes, rules = [second], [], []
     for _ in range(depth - 1):
@@ -114,24 +110,25 @@ def _scale_deviation(
     after = np.concatenate([np.cumprod(gain * np.array(slopes[::-1]))[::-1], [1.0]])
     terms = np.array(seconds) * after
     below = np.cumsum(terms) / terms.sum()
-    variance, response, slope_response = 0.0, 0.0, 0.0
-    for k in range(depth - 1, 0, -1):
-        radial, weights, square, slope2, q = rules[k - 1]
-        response = terms[k] / (terms.sum() * seconds[k]) + gain * slope_response
-        mixed = below[k - 1] * slope2 / slopes[k - 1] + response * square
-        mixed = mixed - weights @ mixed
-        along = float(weights @ (mixed * radial))
-        variance += (float(weights @ mixed**2) - (0.5 * along**2 if orthogonal else 0.0)) / width
-        # how q of this layer moves everything after: d/dq E f = E f (z^2 - 1)/(2 q)
-        slope_response = along / (2.0 * q)
-    return float(np.sqrt(max(variance, 0.0)))
 
+    def spread(lengths: Sequence[float], parts: Sequence[float]) -> float:
+        """Standard deviation of the sum over k of lengths_k delta|x_k|^2/n + parts_k delta log(mean slope_k)."""
+        variance, following = 0.0, 0.0
+        for k in range(depth - 1, 0, -1):
+            radial, weights, square, slope2, q = rules[k - 1]
+            response = lengths[k] + gain * following
+            mixed = parts[k - 1] * slope2 / slopes[k - 1] + response * square
+            mixed = mixed - weights @ mixed
+            along = float(weights @ (mixed * radial))
+            variance += (float(weights @ mixed**2) - (0.5 * along**2 if orthogonal else 0.0)) / width
+            # how q of this layer moves everything after: d/dq E f = E f (z^2 - 1)/(2 q)
+            following = along / (2.0 * q)
+        return float(np.sqrt(max(variance, 0.0)))
 
-def _merged(values: np.ndarray, weights: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Equal values counted once: a piecewise linear activation has few slopes."""
-    places, where = np.unique(np.round(values, 13), return_inverse=True)
-    mass = np.bincount(where.ravel(), weights)
-    return tuple(places.tolist()), tuple((mass / mass.sum()).tolist())
+    scale = spread((terms / (terms.sum() * np.array(seconds))).tolist(), below.tolist())
+    last = spread([0.0] * (depth - 1) + [1.0], [0.0] * depth)
+    moved = max(scale_error(law, scale), shift_error(law, last))
+    return float(min(1.0, np.hypot(rigid_error(width), moved)))
 
 
 @dataclass(frozen=True)

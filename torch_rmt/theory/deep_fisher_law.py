@@ -10,25 +10,9 @@ from jaxtyping import Bool, Complex, Float
 
 from torch_rmt.measures.base import Atom, Interval
 from torch_rmt.theory.axis_newton import NewtonLaw, Unknowns
+from torch_rmt.theory.deep_fisher_edges import FisherStep as FisherStep
+from torch_rmt.theory.deep_fisher_edges import outer_edges, top_of
 from torch_rmt.theory.rational_curve import log_from_above, log_from_below
-
-
-@dataclass(frozen=True)
-class FisherStep:
-    """Theta -> shift I + gain W D Theta D W^T, W square, Haar orthogonal or Gaussian of variance 1/n.
-
-    Fields:
-        shift: what this layer's own weights add, > 0.
-        gain: sigma_w^2.
-        slopes2, weights: law of the entries of D^2 (nodes and weights that sum to one).
-        gaussian: whether W is Gaussian.
-    """
-
-    shift: float
-    gain: float
-    slopes2: tuple[float, ...]
-    weights: tuple[float, ...]
-    gaussian: bool
 
 
 @dataclass(frozen=True)
@@ -50,12 +34,8 @@ class DeepFisherLaw(NewtonLaw):
     def __post_init__(self) -> None:
         if not self.start > 0.0 or not self.steps:
             raise ValueError("start must be positive, and there must be at least one step (two layers)")
-        if any(step.shift < 0.0 or step.gain <= 0.0 or max(step.slopes2) <= 0.0 for step in self.steps):
+        if any(step.shift < 0.0 or step.gain <= 0.0 or top_of(step.slopes) <= 0.0 for step in self.steps):
             raise ValueError("every step needs shift >= 0, gain > 0 and slopes that are not all zero")
-
-    @cached_property
-    def _laws(self) -> tuple[tuple[Float[np.ndarray, "_"], Float[np.ndarray, "_"]], ...]:
-        return tuple((np.array(step.slopes2), np.array(step.weights)) for step in self.steps)
 
     def _chain(
         self, y: Unknowns
@@ -67,11 +47,9 @@ class DeepFisherLaw(NewtonLaw):
         z = u
         grad_u, grad_z = np.zeros((count, points), dtype=complex), np.zeros((count, points), dtype=complex)
         with np.errstate(all="ignore"):
-            for k, (step, (slopes2, weights)) in enumerate(zip(self.steps, self._laws, strict=True)):
+            for k, step in enumerate(self.steps):
                 w = y[k]
-                inverse = 1.0 / (w - slopes2[:, None])
-                m = (weights * slopes2) @ inverse
-                m_slope = -((weights * slopes2) @ (inverse * inverse))
+                m, _, m_slope = step.slopes.transform(w)
                 if k == 0:
                     # start (1 + u)/u: the transform of a point mass, read backwards
                     u = m
@@ -107,7 +85,7 @@ class DeepFisherLaw(NewtonLaw):
 
     def _far(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
         # u = mean/z at every stage, hence w = mean of D^2 / u; the shift of the last step taken out
-        means = [float(weights @ slopes2) for slopes2, weights in self._laws]
+        means = [step.slopes.moment(1) for step in self.steps]
         u = (self.mean - self.steps[-1].shift) / z
         levels = []
         for k in range(len(self.steps) - 1, -1, -1):
@@ -122,8 +100,8 @@ class DeepFisherLaw(NewtonLaw):
     def _means(self) -> tuple[float, ...]:
         """Mean of Theta before each step, and at the end."""
         means = [self.start]
-        for step, (slopes2, weights) in zip(self.steps, self._laws, strict=True):
-            means.append(step.shift + step.gain * float(weights @ slopes2) * means[-1])
+        for step in self.steps:
+            means.append(step.shift + step.gain * step.slopes.moment(1) * means[-1])
         return tuple(means)
 
     @property
@@ -134,7 +112,7 @@ class DeepFisherLaw(NewtonLaw):
     def _scale(self) -> float:
         top = self.start
         for step in self.steps:
-            top = step.shift + step.gain * max(step.slopes2) * top * (4.0 if step.gaussian else 1.0)
+            top = step.shift + step.gain * top_of(step.slopes) * top * (4.0 if step.gaussian else 1.0)
         return top
 
     def _admissible(self, y: Unknowns) -> Bool[np.ndarray, " points"]:
@@ -154,9 +132,9 @@ class DeepFisherLaw(NewtonLaw):
         """(1 + u) d log z, step by step: a product z = z_A z_B u/(1 + u) has potential L_A + L_B + log u."""
         _, _, _, _, us, zs = self._chain(y)
         potential = log_from_above(zs[0] - self.start)
-        for k, (step, (slopes2, weights)) in enumerate(zip(self.steps, self._laws, strict=True)):
-            u, w = us[k], y[k]
-            factor = weights @ log_from_above(w - slopes2[:, None])
+        for k, step in enumerate(self.steps):
+            u, w = us[k], y[k].real + 1j * np.abs(y[k].imag)
+            factor = step.slopes.mean_log(w) + log_from_above(w)
             potential = potential + factor + log_from_below(u) + np.log(step.gain)
             if step.gaussian:
                 # Marchenko-Pastur of ratio one at z = (1 + u)^2/u: potential u - log u, and log u for the product
@@ -170,50 +148,47 @@ class DeepFisherLaw(NewtonLaw):
     @cached_property
     def _atom_list(self) -> tuple[Atom, ...]:
         atoms: dict[float, float] = {self.start: 1.0}
-        for step, (slopes2, weights) in zip(self.steps, self._laws, strict=True):
+        for step in self.steps:
             after: dict[float, float] = {}
             if not step.gaussian:
                 # an atom of a free product sits at a product of atoms whose masses exceed one together
                 for place, mass in atoms.items():
-                    for slope2, part in zip(slopes2, weights, strict=True):
-                        both = mass + float(part) - 1.0
+                    for slope2, part in step.slopes.atoms:
+                        both = mass + part - 1.0
                         if both > 1e-12 and slope2 > 0.0:
-                            at = step.shift + step.gain * place * float(slope2)
+                            at = step.shift + step.gain * place * slope2
                             after[at] = after.get(at, 0.0) + both
-            dead = max(float(weights[slopes2 == 0.0].sum()), atoms.get(0.0, 0.0))
+            dead = max(step.slopes.mass_at(0.0), atoms.get(0.0, 0.0))
             if dead > 0.0:
                 after[step.shift] = after.get(step.shift, 0.0) + dead
             atoms = after
         return tuple((place, mass) for place, mass in sorted(atoms.items()) if mass > 1e-9)
 
     def support(self) -> tuple[Interval, ...]:
-        """Bands, found from the density and refined by sections to 1e-7 of the scale.
+        """Bands: the outer edges from the real curve; gaps, where D^2 has several values, from the density.
 
-        Where D^2 is a law of many nodes, in place of a continuous one, one interval: gaps between nodes are no gaps.
+        Where D^2 is a law of more than 8 values, in place of a continuous one, one interval.
         """
         return self._bands
 
     @cached_property
     def _bands(self) -> tuple[Interval, ...]:
+        if sum(mass for _, mass in self.atoms()) > 1.0 - 1e-9:
+            return ()
+        low, high = outer_edges(self.start, self.steps)
+        # zero and one value more, or one range: no gap but that beside the atom at the shift
+        if all(len(step.slopes.holes()) <= 2 or len(step.slopes.atoms) > 8 for step in self.steps):
+            return ((low, high),)
         scale = self._scale()
-        low = self.steps[-1].shift
-        bands: list[tuple[float, float]] = []
-        grid = low + (scale - low) * np.linspace(0.0, 1.0, 129) ** 2
+        grid = low + (high - low) * (np.arange(257) + 0.5) / 257
         full = self._dense(grid, scale)
-        k = 0
-        while k < len(grid):
-            if full[k]:
-                last = k
-                while last + 1 < len(grid) and full[last + 1]:
-                    last += 1
-                left = grid[k] if k == 0 else self._boundary(grid[k - 1], grid[k], scale)
-                right = grid[last] if last + 1 == len(grid) else self._boundary(grid[last + 1], grid[last], scale)
-                bands.append((float(left), float(right)))
-                k = last
-            k += 1
-        if any(len(step.slopes2) > 8 for step in self.steps):
-            return ((bands[0][0], bands[-1][1]),)
-        return tuple(band for band in bands if band[1] - band[0] > 1e-6 * scale)
+        edges = [low]
+        for k in np.flatnonzero(np.diff(full.astype(int))):
+            outside, inside = (grid[k], grid[k + 1]) if full[k + 1] else (grid[k + 1], grid[k])
+            edges.append(self._boundary(outside, inside, scale))
+        edges.append(high)
+        bands = zip(edges[::2], edges[1::2], strict=True) if len(edges) % 2 == 0 else [(low, high)]
+        return tuple((float(a), float(b)) for a, b in bands if b - a > 1e-6 * scale)
 
     def _dense(self, x: Float[np.ndarray, " points"], scale: float) -> np.ndarray:
         z = x.astype(complex)

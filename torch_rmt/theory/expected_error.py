@@ -11,7 +11,7 @@ from torch_rmt.theory.gaussian import gaussian_expectation
 # Calibrated on drawn Gram matrices of |h| (1.6) and of GELU in two bands (1.3); see `quadratic_error`.
 _QUADRATIC = 1.6
 # within a band, closer towards its ends
-_PLACES = 0.5 - 0.5 * np.cos(np.pi * (np.arange(20) + 0.5) / 20)
+_PLACES = 0.5 - 0.5 * np.cos(np.pi * (np.arange(14) + 0.5) / 14)
 
 
 def rigid_error(count: int, dim: int | None = None) -> float:
@@ -40,6 +40,17 @@ def scale_error(law: SpectralMeasure, deviation: float) -> float:
     x = np.concatenate([low + (high - low) * _PLACES for low, high in bands])
     change = np.abs(law.cdf(x * np.exp(deviation)) - law.cdf(x)).max()
     return float(min(1.0, max(moved, np.sqrt(2.0 / np.pi) * change)))
+
+
+def shift_error(law: SpectralMeasure, deviation: float) -> float:
+    """What a common shift of standard deviation `deviation` moves F by, at the mean absolute shift."""
+    bands = law.support()
+    if deviation <= 0.0 or not bands:
+        return 0.0
+    shift = float(np.sqrt(2.0 / np.pi)) * deviation
+    x = np.concatenate([low + (high - low) * np.concatenate([[0.0], _PLACES]) for low, high in bands])
+    moved = max((mass for _, mass in law.atoms()), default=0.0)
+    return float(min(1.0, max(moved, np.abs(law.cdf(x + shift) - law.cdf(x)).max())))
 
 
 def quadratic_share(phi: Activation, q: float) -> float:
