@@ -38,6 +38,7 @@ short_tail = pytest.mark.usefixtures("_short_tail")
 @pytest.fixture
 def _short_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch_rmt.spectra.slq._SHORTEST_TAIL", 0)
+    monkeypatch.setattr("torch_rmt.spectra.block_slq._SHORTEST_TAIL", 0)
 
 
 NOISY = ["flat", "spike", "pairs", "low rank"]

@@ -10,6 +10,7 @@ import torch
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra import (
     SLQ,
+    BlockSLQ,
     DenseOperator,
     hutch_plus_plus,
     hutchinson,
@@ -35,7 +36,7 @@ Quantity = Callable[[LinearOperator, torch.Generator], tuple[float, float]]
 Truth = Callable[[np.ndarray], float]
 
 
-def _of_spectrum(settings: SLQ, order: int) -> Quantity:
+def _of_spectrum(settings: SLQ | BlockSLQ, order: int) -> Quantity:
     return lambda operator, generator: settings(operator, generator).moment(order)
 
 
@@ -59,6 +60,8 @@ ESTIMATORS: dict[str, tuple[Quantity, Truth]] = {
     "slq, no reorthogonalisation": (_of_spectrum(SLQ(4, 30, reorthogonalise="none"), 1), np.mean),
     "slq, one probe": (_of_spectrum(SLQ(probes=1, depth=12), 1), np.mean),
     "slq deflated": (_of_spectrum(SLQ(probes=3, depth=10, deflate=4), 1), np.mean),
+    "block slq mean": (_of_spectrum(BlockSLQ(probes=4, depth=8), 1), np.mean),
+    "block slq second moment": (_of_spectrum(BlockSLQ(probes=4, depth=8), 2), lambda v: float(np.mean(v**2))),
     "hutchinson": (_of_estimate(hutchinson, probes=20), np.sum),
     "hutch++": (_of_estimate(hutch_plus_plus, matvecs=30), np.sum),
     "xtrace": (_of_estimate(xtrace, matvecs=30), np.sum),

@@ -117,6 +117,7 @@ class Combination(_Like):
         super().__init__(operators[0])
         self.operators, self.coefficients = tuple(operators), tuple(coefficients)
         self.symmetric = all(op.symmetric for op in operators)
+        self.positive = all(op.positive for op in operators) and all(c >= 0 for c in coefficients)
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
         """Columns `sum_i c_i A_i v`."""
@@ -141,6 +142,7 @@ class Scaled(_Like):
         super().__init__(operator)
         self.diagonal = diagonal
         self.symmetric = operator.symmetric
+        self.positive = operator.positive
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
         """Columns `D A D v`."""

@@ -13,10 +13,12 @@ class LinearOperator(ABC):
     """A real matrix of shape `(rows, columns)`, known by its products.
 
     `symmetric` is declared by the class, never guessed from numbers. The adjoint of a symmetric operator is
-    itself.
+    itself. `positive` is declared where the operator is positive semi-definite by construction; estimators then
+    keep their nodes at zero or above, and refuse products that say otherwise.
     """
 
     symmetric: bool = False
+    positive: bool = False
 
     @property
     @abstractmethod

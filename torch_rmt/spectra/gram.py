@@ -16,6 +16,7 @@ class Gram(LinearOperator):
     """
 
     symmetric = True
+    positive = True
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
@@ -55,6 +56,7 @@ class Complement(LinearOperator):
         self.operator = operator
         self.vectors, _ = torch.linalg.qr(vectors)
         self.symmetric = operator.symmetric
+        self.positive = operator.positive
 
     @property
     def shape(self) -> tuple[int, int]:

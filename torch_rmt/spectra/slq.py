@@ -10,14 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
+from torch_rmt.spectra.block_slq import BlockSLQ
 from torch_rmt.spectra.exact import exact
 from torch_rmt.spectra.extremes import top_eigenvalues
 from torch_rmt.spectra.golub_kahan import golub_kahan, squared_gauss_rule
 from torch_rmt.spectra.gram import Complement
 from torch_rmt.spectra.lanczos import Reorthogonalise, gauss_rule, lanczos
+from torch_rmt.spectra.positive import clipped
 from torch_rmt.spectra.probes import require_size, sphere
 from torch_rmt.spectra.spectrum import Spectrum
 
+_BASIS_BYTES = 2**31  # of the shared Krylov space
 _CHEAP_BASIS_BYTES = 2**24  # below this, full reorthogonalisation costs less than a product; found by tuning
 _SHORTEST_TAIL = 128  # rows; found by tuning: more only cost memory
 _VECTOR_BYTES = 2**30  # the recurrence's own vectors of one block of probes stay below this
@@ -128,8 +131,9 @@ reorthogonalise=None))
 def spectrum_within(operator: LinearOperator, generator: torch.Generator, *, matvecs: int) -> Spectrum:
     """Spend at most about so many products on a spectrum, in the way that leaves the smallest error.
 
-    Dense where the budget covers the dimension, since nothing is cheaper then; otherwise SLQ, with a quarter
-    of a budget from 100 products on spent on deflating outliers. A product with A^T A counts as two.
+    Dense where the budget covers the dimension, since nothing is cheaper then; `BlockSLQ` where its basis takes
+    at most 2 GiB. Otherwise, and for an operator that is not symmetric, SLQ, with a quarter of a budget from
+    100 products on spent on deflating outliers. A product with A^T A counts as two.
 
     >>> from torch_rmt.spectra import DenseOperator
     >>> operator = DenseOperator(torch.diag(torch.arange(1.0, 31.0)), symmetric=True)
@@ -140,6 +144,8 @@ def spectrum_within(operator: LinearOperator, generator: torch.Generator, *, mat
     if matvecs >= min(operator.shape):
         return exact(operator)
     budget = max(1, matvecs // price)
+    if operator.symmetric and budget * operator.shape[1] * operator.dtype.itemsize <= _BASIS_BYTES:
+        return BlockSLQ.for_budget(budget)(operator, generator)
     for_outliers = int(_SHARE_FOR_DEFLATION * budget)
     if budget < _BUDGET_FOR_DEFLATION:
         return SLQ.for_budget(budget)(operator, generator)
@@ -182,4 +188,6 @@ def _rule(
         start = target.project(start)
     if not operator.symmetric:
         return squared_gauss_rule(golub_kahan(target, start, steps, reorthogonalise=how != "none"), tail=tail)
-    return gauss_rule(lanczos(target, start, steps, reorthogonalise=how), tail=tail)
+    run = lanczos(target, start, steps, reorthogonalise=how)
+    nodes, weights = gauss_rule(run, tail=tail)
+    return clipped(nodes, target, gauss_rule(run)[0] if target.positive else nodes), weights
