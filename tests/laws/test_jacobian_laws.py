@@ -14,8 +14,8 @@ from torch_rmt.theory import (
     Layer,
     as_activation,
     convolution_layer,
-    dropout_field,
     jacobian_spectrum,
+    mean_field,
     normalised_chi,
     residual_spectrum,
 )
@@ -255,7 +255,7 @@ def test_layer_norm_chi() -> None:
 def test_dropout_noise() -> None:
     """Two masks of one input decorrelate to c* < 1; q and the backward ratio as stated."""
     n, keep, sigma_w, sigma_b = 2000, 0.8, 1.1, 0.2
-    field = dropout_field("tanh", sigma_w, sigma_b, keep)
+    field = mean_field("tanh", sigma_w, sigma_b, dropout=1 - keep)
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(n, 1, generator=generator, dtype=torch.float64).repeat(1, 2)
     for _ in range(25):
@@ -268,3 +268,104 @@ def test_dropout_noise() -> None:
     slope = (1 - torch.tanh(h[:, 0]) ** 2) / keep
     live = torch.rand(n, generator=generator) < keep
     assert float(sigma_w**2 * (slope**2 * live).mean()) == pytest.approx(field.chi, rel=0.1)
+
+
+NORMED = [
+    ("relu", "gaussian", 0.0, "rms"), ("tanh", "orthogonal", 0.0, "layer"), ("tanh", "gaussian", 0.3, None),
+    ("relu", "orthogonal", 0.2, None), ("gelu", "gaussian", 0.1, "layer"), ("linear", "orthogonal", 0.25, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "ensemble", "dropout", "norm"), NORMED)
+def test_dropout_and_normalisation_over_units(name: str, ensemble: str, dropout: float, norm: str | None) -> None:
+    """Torch modules with their own autograd Jacobian against the law, at two widths; the rank one falls with 1 / n."""
+    functions = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh, "gelu": torch.nn.GELU, "linear": torch.nn.Identity}
+    distances, means = [], []
+    for n, draws in ((50, 6), (200, 2)):
+        arch = Architecture.mlp(
+            depth=4, width=n, activation=name, sigma_w=1.2, sigma_b=0.3, ensemble=ensemble, input_second_moment=1.0,
+            dropout=dropout, normalisation=norm,
+        )  # fmt: skip
+        prediction = jacobian_spectrum(arch)
+        found = []
+        torch.manual_seed(7)
+        for _ in range(draws):
+            modules: list[torch.nn.Module] = []
+            for _ in range(4):
+                linear = torch.nn.Linear(n, n, dtype=torch.float64)
+                with torch.no_grad():
+                    linear.weight.copy_(1.2 * draw_weights(n, n, ensemble, torch.default_generator))
+                    linear.bias.normal_(std=0.3)
+                norms = {"layer": [torch.nn.LayerNorm(n)], "rms": [torch.nn.RMSNorm(n)], None: []}[norm]
+                modules += [linear, *norms, functions[name](), torch.nn.Dropout(dropout)]
+            network = torch.nn.Sequential(*modules).double()
+            x = torch.randn(n, dtype=torch.float64)
+            x = x / x.pow(2).mean() ** 0.5
+            jacobian = torch.autograd.functional.jacobian(network, x)
+            found.append(np.sort(torch.linalg.svdvals(jacobian).numpy() ** 2))
+        distances.append(np.mean([kolmogorov(prediction.measure, values, floor=1e-14) for values in found]))
+        means.append(np.mean(found) / prediction.scalars["mean"])
+        assert prediction.finite_size_error is None
+        if dropout > 0:
+            place, mass = prediction.measure.atoms()[0]
+            assert place == 0.0
+            assert mass >= dropout - 1e-12
+    # Drawn masks and slopes scatter like 1 / sqrt n, the eigenvalues like 1 / n.
+    assert -1.5 < np.log(distances[1] / distances[0]) / np.log(4.0) < -0.3
+    assert distances[1] < 0.07
+    assert means[1] == pytest.approx(1.0, abs=0.2)
+
+
+def test_batch_norm_spectrum() -> None:
+    """Whole torch networks with BatchNorm1d in train mode: the Jacobian of one sample with respect to its own input."""
+    distances = []
+    for n, draws in ((40, 8), (160, 2)):
+        arch = Architecture.mlp(
+            depth=3,
+            width=n,
+            activation="relu",
+            sigma_w=0.7,
+            sigma_b=0.5,
+            input_second_moment=1.0,
+            normalisation="batch",
+        )
+        law = jacobian_spectrum(arch).measure
+        torch.manual_seed(3)
+        found = []
+        for _ in range(draws):
+            modules: list[torch.nn.Module] = []
+            for _ in range(3):
+                linear = torch.nn.Linear(n, n)
+                torch.nn.init.normal_(linear.weight, std=0.7 / n**0.5)
+                torch.nn.init.normal_(linear.bias, std=0.5)
+                modules += [linear, torch.nn.BatchNorm1d(n), torch.nn.ReLU()]
+            network = torch.nn.Sequential(*modules).double()
+            others = torch.randn(8 * n, n, dtype=torch.float64)
+
+            def one(x: torch.Tensor) -> torch.Tensor:
+                return network(torch.cat([x[None], others]))[0]  # noqa: B023
+
+            jacobian = torch.autograd.functional.jacobian(one, torch.randn(n, dtype=torch.float64))
+            found.append(kolmogorov(law, np.sort(torch.linalg.svdvals(jacobian).numpy() ** 2), floor=1e-14))
+        distances.append(np.mean(found))
+    assert distances[1] < 0.6 * distances[0]
+    assert distances[1] < 0.08
+
+
+def test_norm_after_an_activation() -> None:
+    """LayerNorm and RMSNorm behind ReLU differ by the mean that one takes off."""
+    n = 4000
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(n, generator=generator, dtype=torch.float64)
+    for norm, module in (("layer", torch.nn.LayerNorm(n)), ("rms", torch.nn.RMSNorm(n))):
+        body = (
+            Layer(n, n, as_activation("relu"), 1.0, ensemble=PointMass(1.0), q=1.0),
+            Layer(n, n, None, 1.0, ensemble=PointMass(1.0), normalisation=norm),
+        )
+        law = jacobian_spectrum(Architecture(body)).measure
+        x = torch.relu(h).requires_grad_()
+        probe = torch.randn(n, generator=generator, dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(module.double()(x) @ probe, x)
+        # mean of J J^T over the kept half of the units
+        measured = float((gradient * (h > 0)).pow(2).sum() / probe.pow(2).sum())
+        assert law.mean == pytest.approx(measured, rel=0.06)

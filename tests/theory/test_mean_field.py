@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from torch_rmt.theory import Activation, as_activation, critical_point, mean_field
+from torch_rmt.theory import (
+    Activation,
+    Architecture,
+    as_activation,
+    critical_point,
+    jacobian_spectrum,
+    mean_field,
+    normalised_chi,
+)
 from torch_rmt.theory.correlation import pair_expectation
 from torch_rmt.theory.critical import critical_curve, half_stable_point
 from torch_rmt.theory.moments import length_slope, second_moment, slope_moment
@@ -79,6 +87,53 @@ def test_several_fixed_points_with_their_stability() -> None:
     assert mean_field("relu", 2**0.5).fixed_points[0].stability == "neutral"
     assert mean_field("relu", 2.0, 0.1).q_star == np.inf
     assert mean_field("tanh", 0.8, 0.0).q_star == 0.0
+
+
+@pytest.mark.parametrize(("name", "sigma_w", "sigma_b"), [("tanh", 1.5, 0.1), ("relu", 1.1, 0.3), ("gelu", 0.9, 0.2)])
+def test_dropout(name: str, sigma_w: float, sigma_b: float) -> None:
+    """q and chi are those of sigma_w / sqrt(keep); c* < 1 is the fixed point of the map between two masks."""
+    phi, keep = as_activation(name), 0.8
+    field, other = mean_field(name, sigma_w, sigma_b, dropout=0.2), mean_field(name, sigma_w / keep**0.5, sigma_b)
+    assert (field.q_star, field.chi, field.slope_q) == (other.q_star, other.chi, other.slope_q)
+    c = (sigma_w**2 * pair_expectation(phi.value, field.q_star, field.c_star, phi.kinks) + sigma_b**2) / field.q_star
+    assert field.c_star == pytest.approx(c, abs=1e-12)
+    assert field.c_star < 1
+    assert np.isfinite(field.depth_scale_c)
+    assert mean_field(name, sigma_w, sigma_b, dropout=0.0) == mean_field(name, sigma_w, sigma_b)
+    point = critical_point(name, dropout=0.2)
+    if name == "gelu":  # half-stable: rounding moves a tangential root by its square root
+        assert point.sigma_w == pytest.approx(keep**0.5 * critical_point(name).sigma_w, rel=1e-14)
+        return
+    assert mean_field(name, point.sigma_w, point.sigma_b, dropout=0.2).chi == pytest.approx(1.0, abs=1e-9)
+
+
+def test_normalised_layers_follow_the_formula_of_one_layer() -> None:
+    for norm in ("layer", "batch"):
+        arch = Architecture.mlp(
+            depth=6, width=50, activation="gelu", sigma_w=1.7, sigma_b=0.2, normalisation=norm, input_second_moment=3.0
+        )
+        scalars = jacobian_spectrum(arch).scalars
+        assert scalars["q/4"] == 1.0
+        chi = normalised_chi("gelu", norm, sigma_w=1.7, sigma_b=0.2)
+        assert scalars["chi/4"] == pytest.approx(chi, rel=1e-12)
+        # The weights' scale drops out where there is no bias.
+        same = [
+            Architecture.mlp(depth=3, width=50, activation="gelu", sigma_w=s, normalisation=norm) for s in (0.5, 5.0)
+        ]
+        means = [jacobian_spectrum(a).scalars["mean"] for a in same]
+        assert means[0] == pytest.approx(means[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_bad_dropout(dropout: float) -> None:
+    with pytest.raises(ValueError, match="dropout"):
+        mean_field("tanh", 1.0, dropout=dropout)
+    with pytest.raises(ValueError, match="dropout"):
+        critical_point("tanh", dropout=dropout)
+    with pytest.raises(ValueError, match="dropout"):
+        Architecture.mlp(depth=2, width=10, activation="tanh", sigma_w=1.0, dropout=dropout)
+    with pytest.raises(ValueError, match="nothing to normalise"):
+        jacobian_spectrum(Architecture.mlp(depth=2, width=9, activation="tanh", sigma_w=0.0, normalisation="rms"))
 
 
 def test_bad_input() -> None:

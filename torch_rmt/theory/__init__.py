@@ -57,9 +57,6 @@ from torch_rmt.theory.spikes import Spike as Spike
 from torch_rmt.theory.spikes import spike_in_product as spike_in_product
 from torch_rmt.theory.spikes import spike_in_sum as spike_in_sum
 from torch_rmt.theory.spin_glass import SphericalSpinGlass as SphericalSpinGlass
-from torch_rmt.theory.variants import DropoutField as DropoutField
 from torch_rmt.theory.variants import convolution_layer as convolution_layer
-from torch_rmt.theory.variants import dropout_critical_point as dropout_critical_point
-from torch_rmt.theory.variants import dropout_field as dropout_field
 from torch_rmt.theory.variants import normalised_chi as normalised_chi
 from torch_rmt.theory.variants import residual_spectrum as residual_spectrum

@@ -7,17 +7,19 @@ from typing import Literal
 
 import numpy as np
 
+from torch_rmt.measures import PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation, Number, as_activation
-from torch_rmt.theory.mean_field import checked_sigma, mean_field
-from torch_rmt.theory.moments import is_scale_invariant, second_moment
+from torch_rmt.theory.mean_field import checked_dropout, checked_sigma, mean_field
+from torch_rmt.theory.moments import is_scale_invariant, mean_value, second_moment
 
 Ensemble = Literal["gaussian", "orthogonal"]
+Normalisation = Literal["layer", "rms", "batch"]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One map h -> activation(W h + b), W of shape (n_out, n_in).
+    """One map x -> dropout(activation(norm(W x + b))), W of shape (n_out, n_in).
 
     Fields:
         n_in, n_out: fan-in and fan-out.
@@ -28,8 +30,13 @@ class Layer:
         sigma_b: standard deviation of the biases.
         ensemble: "gaussian", "orthogonal", or the measured law of W^T W; a law carries its own scale, and sigma_w
             then only enters where q is left to the fixed point.
-        q: mean square of the pre-activation where it is known; None leaves it to the mean-field recursion.
+        q: mean square of the pre-activation W x + b where it is known; None leaves it to the mean-field recursion.
         name: the module's name where the layer was read off a module.
+        dropout: probability that a unit is dropped after the activation, the others divided by 1 - dropout, as
+            torch.nn.Dropout in training mode; one mask is one network.
+        normalisation: of W x + b, to mean square one: "layer" and "rms" over the units, "batch" over a large batch of
+            inputs that are independent of each other, bias and mean over the batch taken off. A norm that follows an
+            activation is a layer of its own with ensemble=PointMass(1.0) and no activation.
     """
 
     n_in: int
@@ -40,8 +47,13 @@ class Layer:
     ensemble: Ensemble | SpectralMeasure = "gaussian"
     q: Number | None = None
     name: str = ""
+    dropout: Number = 0.0
+    normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
+        checked_dropout(self.dropout)
+        if self.normalisation not in (None, "layer", "rms", "batch"):
+            raise ValueError(f"normalisation is 'layer', 'rms', 'batch' or None, not {self.normalisation!r}.")
         if self.n_in < 1 or self.n_out < 1:
             raise ValueError(f"a layer needs widths of at least 1, got {self.n_in} -> {self.n_out}.")
         checked_sigma("sigma_w", self.sigma_w)
@@ -94,6 +106,8 @@ class Architecture:
         n_out: int | None = None,
         q: Number | None = None,
         input_second_moment: Number | None = None,
+        dropout: Number = 0.0,
+        normalisation: Normalisation | None = None,
     ) -> Architecture:
         """`depth` layers of one width, each followed by the activation; n_in and n_out change the two ends.
 
@@ -106,6 +120,7 @@ class Architecture:
             n_out: width of an extra last layer without activation; no such layer if None.
             q: mean square of every pre-activation; None leaves it to the recursion.
             input_second_moment: as in `Architecture`.
+            dropout, normalisation: as in `Layer`; an extra last layer has neither.
 
         Raises:
             ValueError: depth or a width below one, a negative sigma, an unknown activation.
@@ -121,7 +136,18 @@ class Architecture:
             phi = None
         first = width if n_in is None else n_in
         layers = [
-            Layer(first if index == 0 else width, width, phi, sigma_w, sigma_b, ensemble, q, f"{index}")
+            Layer(
+                first if index == 0 else width,
+                width,
+                phi,
+                sigma_w,
+                sigma_b,
+                ensemble,
+                q,
+                f"{index}",
+                dropout,
+                normalisation,
+            )
             for index in range(depth)
         ]
         if n_out is not None:
@@ -129,26 +155,72 @@ class Architecture:
         return cls(tuple(layers), input_second_moment)
 
 
+@dataclass(frozen=True)
+class Signal:
+    """What arrives at a layer's activation.
+
+    Fields:
+        q: its mean square.
+        divisor: what the normalisation divided the mean square by; one without normalisation.
+    """
+
+    q: float
+    divisor: float = 1.0
+
+
 def pre_activation_moments(architecture: Architecture) -> tuple[float, ...]:
-    """q of every layer: what the layer states, else the recursion from the input, else the layer's fixed point.
+    """q of every layer, as the activation sees it: one behind a normalisation; else as in `propagate`."""
+    return tuple(signal.q for signal in propagate(architecture))
+
+
+def propagate(architecture: Architecture) -> tuple[Signal, ...]:
+    """The signal at every layer: what the layer states, else the recursion from the input, else its fixed point.
+
+    v <- E phi(sqrt(q) Z)^2 / (1 - dropout) after a layer with pre-activation q = gain v + sigma_b^2; a normalisation
+    divides by q less the square of the mean that it takes off, and passes on one.
 
     Raises:
-        ValueError: a layer whose length map has no finite fixed point, when no input moment is given.
+        ValueError: a layer whose length map has no finite fixed point, when no input moment is given; a
+            normalisation with nothing to normalise.
     """
-    result: list[float] = []
-    known: dict[tuple[int, float, float], float] = {}
-    signal = architecture.input_second_moment
+    result: list[Signal] = []
+    known: dict[tuple[int, float, float, float], float] = {}
+    second, mean = architecture.input_second_moment, 0.0
+    needs_mean = any(layer.normalisation is not None for layer in architecture.layers)
     for layer in architecture.layers:
+        incoming, keep = second, 1.0 - float(layer.dropout)
+        if layer.normalisation is not None and incoming is None:
+            # As if a like layer came before.
+            incoming = 1.0 if layer.activation is None else second_moment(layer.activation, 1.0) / keep
+            mean = 0.0 if layer.activation is None else mean_value(layer.activation, 1.0)
+        gain, identity = _gain(layer), isinstance(layer.ensemble, PointMass)
         if layer.q is not None:
-            q = layer.q
-        elif signal is not None:
-            q = _gain(layer) * signal + layer.sigma_b**2
+            q = float(layer.q)
+        elif incoming is not None:
+            q = gain * incoming + layer.sigma_b**2
         else:
-            key = id(layer.activation), float(layer.sigma_w), float(layer.sigma_b)
+            key = id(layer.activation), float(layer.sigma_w), float(layer.sigma_b), keep
             q = known[key] = known[key] if key in known else _fixed_point(layer)
-        result.append(float(q))
-        if signal is not None or layer.q is not None:
-            signal = q if layer.activation is None else second_moment(layer.activation, float(q))
+        divisor = 1.0
+        if layer.normalisation is None:
+            mean = mean * gain**0.5 if identity else 0.0
+        else:
+            taken_off = 0.0
+            if layer.normalisation == "batch":
+                taken_off = gain * mean**2 + layer.sigma_b**2
+            elif layer.normalisation == "layer" and identity:
+                taken_off = gain * mean**2
+            divisor = q - taken_off
+            if divisor <= 1e-12 * q:
+                raise ValueError(f"layer {layer.name!r} leaves nothing to normalise: its pre-activations do not vary.")
+            mean = mean * (gain / divisor) ** 0.5 if identity and layer.normalisation == "rms" else 0.0
+        normalised = layer.normalisation is not None
+        result.append(Signal(1.0 if normalised else float(q), divisor))
+        if incoming is not None or layer.q is not None or normalised:
+            second = result[-1].q / keep
+            if layer.activation is not None:
+                second = second_moment(layer.activation, result[-1].q) / keep
+                mean = mean_value(layer.activation, result[-1].q) if needs_mean else 0.0
     return tuple(result)
 
 
@@ -162,7 +234,7 @@ def _gain(layer: Layer) -> float:
 def _fixed_point(layer: Layer) -> float:
     if layer.activation is None or is_scale_invariant(layer.activation):
         return 1.0  # the slopes do not depend on it
-    q = mean_field(layer.activation, layer.sigma_w, layer.sigma_b).q_star
+    q = mean_field(layer.activation, layer.sigma_w, layer.sigma_b, dropout=layer.dropout).q_star
     if not np.isfinite(q):
         raise ValueError(
             f"the signal of layer {layer.name!r} ({layer.activation.name}, sigma_w = {layer.sigma_w:g}) grows without "

@@ -102,19 +102,22 @@ def hermite_weights(activation: Activation, q: float) -> Float[np.ndarray, " ter
     return terms**2
 
 
-def correlation_fixed_point(activation: Activation, sigma_w: float, sigma_b: float, q: float) -> tuple[float, float]:
+def correlation_fixed_point(
+    activation: Activation, sigma_w: float, sigma_b: float, q: float, keep: float = 1.0
+) -> tuple[float, float]:
     """The stable fixed point c* in [0, 1] of c <- (sigma_w^2 E phi(u1) phi(u2) + sigma_b^2) / q, and the slope there.
 
     The map is a power series with coefficients >= 0, hence convex: Newton from the left cannot miss the root. Without
-    closed forms the start comes from the Hermite series, the last steps from the integrals themselves.
+    closed forms the start comes from the Hermite series, the last steps from the integrals themselves. With dropout
+    only a share `keep` of the units is kept: q has 1 / keep in front of E phi^2, the map between two masks has not.
 
     Source: Poole et al. 2016, eq. (5); Daniely, Frostig and Singer 2016 for the series.
     """
     chi = sigma_w**2 * slope_moment(activation, q)
     # Normalised by the map's own value at c = 1, so that q off its fixed point by rounding does not move the root.
-    scale = sigma_w**2 * second_moment(activation, q) + sigma_b**2
+    scale = sigma_w**2 / keep * second_moment(activation, q) + sigma_b**2
     slope_at_one = chi * q / scale
-    if slope_at_one <= 1.0 + 1e-10:
+    if keep == 1.0 and slope_at_one <= 1.0 + 1e-10:
         return 1.0, slope_at_one
     if closed_moments(activation) is not None:
         return _newton_on_the_map(activation, sigma_w, sigma_b, q, scale)

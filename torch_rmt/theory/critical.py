@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from scipy.optimize import brentq
 
 from torch_rmt.theory.activation import Activation, Number, as_activation
-from torch_rmt.theory.mean_field import checked_sigma
+from torch_rmt.theory.mean_field import checked_dropout, checked_sigma
 from torch_rmt.theory.moments import (
     is_scale_invariant,
     length_slope,
@@ -53,15 +53,17 @@ def critical_point(
     sigma_b: Number | None = None,
     sigma_w: Number | None = None,
     q_star: Number | None = None,
+    dropout: Number = 0.0,
 ) -> CriticalPoint:
     """Return the critical point with the given sigma_b, sigma_w or q*, or the natural one if none is given.
 
     At criticality sigma_w^2 = 1 / E phi'(sqrt(q) Z)^2 and sigma_b^2 = q - sigma_w^2 E phi(sqrt(q) Z)^2; so the points
     are a curve in q, and the given quantity picks q. Natural: ReLU and its kin at sigma_b = 0; a line at its end
-    with the smallest sigma_b; GELU and SiLU at their half-stable point.
+    with the smallest sigma_b; GELU and SiLU at their half-stable point. Dropout multiplies both moments by
+    1 / (1 - dropout): sigma_w falls by sqrt(1 - dropout) and all else stays.
 
     Raises:
-        ValueError: more than one of the three given, or a value below zero.
+        ValueError: more than one of the three given, a value below zero, or dropout outside [0, 1).
 
     Source: Schoenholz et al. 2017 (lines); Roberts, Yaida and Hanin 2022, chapter 5 (half-stable points).
 
@@ -70,12 +72,20 @@ def critical_point(
         1.122539
         >>> critical_point("relu").kind, critical_point("gelu").kind
         ('scale-invariant', 'half-stable')
+        >>> round(critical_point("relu", dropout=0.5).sigma_w, 12)
+        1.0
     """
-    phi = as_activation(activation)
+    phi, root = as_activation(activation), (1.0 - checked_dropout(dropout)) ** 0.5
     given = {"sigma_b": sigma_b, "sigma_w": sigma_w, "q_star": q_star}
     if sum(value is not None for value in given.values()) > 1:
         raise ValueError("give at most one of sigma_b, sigma_w and q_star: each alone fixes the critical point.")
     sigma_b, sigma_w, q_star = (None if v is None else checked_sigma(name, v) for name, v in given.items())
+    point = _plain(phi, sigma_b, None if sigma_w is None else sigma_w / root, q_star)
+    return replace(point, sigma_w=point.sigma_w * root)
+
+
+def _plain(phi: Activation, sigma_b: float | None, sigma_w: float | None, q_star: float | None) -> CriticalPoint:
+    """The critical point without dropout."""
     if is_scale_invariant(phi):
         return _scale_invariant(phi, sigma_b, sigma_w, q_star)
     if q_star is not None:

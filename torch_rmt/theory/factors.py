@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
-from torch_rmt.theory.architecture import Architecture, Layer
+from torch_rmt.theory.architecture import Architecture, Layer, Signal
 from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.chain_parts import Kind, Term
 from torch_rmt.theory.equal_layers import EqualLayers
@@ -172,8 +172,8 @@ class Factors:
         return Chain(terms, kinds, self.rank)
 
 
-def collect(architecture: Architecture, moments: tuple[float, ...]) -> Factors:
-    """The factors of an architecture whose layers have the given pre-activation moments q.
+def collect(architecture: Architecture, signals: tuple[Signal, ...]) -> Factors:
+    """The factors of an architecture whose layers see the given signals.
 
     Layers of one activation and width whose q differ are gathered into the few kinds of `representative_moments`;
     the constant factor, hence the mean, keeps the value that every layer's own q gives.
@@ -182,19 +182,23 @@ def collect(architecture: Architecture, moments: tuple[float, ...]) -> Factors:
     first = architecture.layers[0].n_in
     # One orthogonal layer has w = z, on the cut itself: twice the nodes.
     order = 28 if len(architecture.layers) == 1 else 14
-    alike: dict[tuple[int, float], tuple[Activation, list[float]]] = {}
-    for layer, q in zip(architecture.layers, moments, strict=True):
+    alike: dict[tuple[int, float, float], tuple[Activation | None, list[float]]] = {}
+    for layer, signal in zip(architecture.layers, signals, strict=True):
         factors.add_weights(layer, first)
-        if layer.activation is not None:
-            key = id(layer.activation), first / layer.n_out
-            alike.setdefault(key, (layer.activation, []))[1].append(q)
-    for (_, scale), (activation, qs) in alike.items():
+        factors.log_scale -= float(np.log(signal.divisor))
+        if layer.activation is not None or layer.dropout > 0:
+            key = id(layer.activation), first / layer.n_out, float(layer.dropout)
+            alike.setdefault(key, (layer.activation, []))[1].append(signal.q)
+    for (_, scale, dropout), (activation, qs) in alike.items():
+        if activation is None:
+            factors.add_law(slope_law(None, 1.0).thinned(dropout), scale, len(qs))
+            continue
         piecewise_linear = activation.slopes() is not None  # atoms, in closed form: nothing to gather
         if is_scale_invariant(activation):
             qs = [1.0] * len(qs)  # the slopes do not depend on q
         rule = _counted(qs) if piecewise_linear else representative_moments(tuple(qs))
         for q, count in rule:
-            law = slope_law(activation, q, order=order)
+            law = slope_law(activation, q, order=order).thinned(dropout)
             factors.add_law(law, scale, count)
             if not piecewise_linear:
                 factors.log_scale -= count * float(np.log(slope_moment(activation, q)))

@@ -6,7 +6,7 @@ import numpy as np
 
 from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
-from torch_rmt.theory.architecture import Architecture, pre_activation_moments
+from torch_rmt.theory.architecture import Architecture, Signal, propagate
 from torch_rmt.theory.factors import Factors, collect
 from torch_rmt.theory.finite_size import expected_distance
 from torch_rmt.theory.jacobian_law import JacobianLaw
@@ -37,16 +37,16 @@ def jacobian_spectrum(architecture: Architecture) -> Prediction:
         >>> round(prediction.scalars["mean"], 10), round(prediction.measure.atoms()[0][1], 10)
         (1.0, 0.5)
     """
-    moments = pre_activation_moments(architecture)
-    factors = collect(architecture, moments)
-    measure = law_of(factors)
-    scalars = _scalars(architecture, moments, measure)
+    signals = propagate(architecture)
+    measure = law_of(collect(architecture, signals))
     return Prediction(
         measure=measure,
-        scalars=scalars,
+        scalars=_scalars(architecture, signals, measure),
         assumptions=_assumptions(architecture),
         reference=_REFERENCE,
-        finite_size_error=expected_distance(architecture, moments, measure),
+        finite_size_error=None
+        if _masked_or_normalised(architecture)
+        else expected_distance(architecture, tuple(signal.q for signal in signals), measure),
     )
 
 
@@ -61,16 +61,22 @@ def law_of(factors: Factors) -> SpectralMeasure:
     return JacobianLaw(factors.solver(), factors.log_scale, factors.log_atoms(), factors.moments())
 
 
-def _scalars(architecture: Architecture, moments: tuple[float, ...], measure: SpectralMeasure) -> dict[str, float]:
+def _masked_or_normalised(architecture: Architecture) -> bool:
+    """Whether a mask adds its own scatter, or a norm takes that of q away: `expected_distance` knows neither."""
+    return any(layer.dropout > 0 or layer.normalisation is not None for layer in architecture.layers)
+
+
+def _scalars(architecture: Architecture, signals: tuple[Signal, ...], measure: SpectralMeasure) -> dict[str, float]:
     scalars: dict[str, float] = {}
     logs = []
-    for index, (layer, q) in enumerate(zip(architecture.layers, moments, strict=True)):
+    for index, (layer, signal) in enumerate(zip(architecture.layers, signals, strict=True)):
         name = layer.name or str(index)
         gain = layer.sigma_w**2
         if isinstance(layer.ensemble, SpectralMeasure):
             gain = layer.ensemble.mean * layer.n_in / layer.n_out
-        chi = gain * (1.0 if layer.activation is None else slope_moment(layer.activation, q))
-        scalars[f"chi/{name}"], scalars[f"q/{name}"] = chi, q
+        slope = 1.0 if layer.activation is None else slope_moment(layer.activation, signal.q)
+        chi = gain * slope / signal.divisor / (1.0 - float(layer.dropout))
+        scalars[f"chi/{name}"], scalars[f"q/{name}"] = chi, signal.q
         logs.append(np.log(chi) if chi > 0 else -np.inf)
     scalars["chi"] = float(np.exp(np.mean(logs)))
     scalars["mean"], scalars["variance"] = measure.mean, measure.variance
@@ -95,6 +101,12 @@ def _assumptions(architecture: Architecture) -> tuple[str, ...]:
         )
     if architecture.input_second_moment is None and any(layer.q is None for layer in architecture.layers):
         lines.append("every pre-activation at the fixed point q* of its layer")
+    if any(layer.dropout > 0 for layer in architecture.layers):
+        lines.append("one dropout mask a forward pass, drawn independently of the weights")
+    if any(layer.normalisation in ("layer", "rms") for layer in architecture.layers):
+        lines.append("a normalisation over units divides by their root mean square; the direction it removes is one")
+    if any(layer.normalisation == "batch" for layer in architecture.layers):
+        lines.append("batch statistics of many inputs that are independent of each other, held fixed for one of them")
     if any(not isinstance(layer.ensemble, str) for layer in architecture.layers):
         lines.append("measured weight spectra taken as free from what follows and precedes them")
     lines += [f"not understood and left out: {name}" for name in architecture.unknown]

@@ -42,7 +42,7 @@ class MeanField:
     Fields:
         q_star: mean square of the pre-activations deep in the network; inf if it diverges. Where every q is a fixed
             point (ReLU at sigma_w = sqrt 2), one by convention and `fixed_points` says "neutral".
-        c_star: correlation deep in the network of two different inputs.
+        c_star: correlation deep in the network of two different inputs; with dropout, of two masks of any inputs.
         chi: mean squared singular value of one layer's Jacobian, sigma_w^2 E phi'(h)^2.
         slope_q, slope_c: slopes of the length map at q_star and of the correlation map at c_star.
         depth_scale_q, depth_scale_c: layers after which a distance from the fixed point has fallen by e; inf where it
@@ -62,7 +62,7 @@ class MeanField:
     fixed_points: tuple[FixedPoint, ...]
 
 
-def mean_field(activation: object, sigma_w: Number, sigma_b: Number = 0.0) -> MeanField:
+def mean_field(activation: object, sigma_w: Number, sigma_b: Number = 0.0, *, dropout: Number = 0.0) -> MeanField:
     """Fixed points, slopes, depth scales and phase of an infinitely wide network.
 
     q <- sigma_w^2 E phi(sqrt(q) Z)^2 + sigma_b^2;  c <- (sigma_w^2 E phi(u1) phi(u2) + sigma_b^2) / q*;
@@ -72,11 +72,15 @@ def mean_field(activation: object, sigma_w: Number, sigma_b: Number = 0.0) -> Me
         activation: a name, an `Activation` or a callable.
         sigma_w: weights have entry variance sigma_w^2 / fan-in.
         sigma_b: standard deviation of the biases.
+        dropout: probability that a unit is dropped, the others divided by 1 - dropout. q and chi then have sigma_w^2 /
+            (1 - dropout) for sigma_w^2; the map for c, of two inputs (or of one input twice) under two masks, keeps
+            sigma_w^2, so that c = 1 is no fixed point and depth_scale_c stays finite.
 
     Raises:
-        ValueError: a sigma below zero or not finite; an activation whose Gaussian moments diverge.
+        ValueError: a sigma below zero or not finite; dropout outside [0, 1); an activation whose Gaussian moments
+            diverge.
 
-    Source: Poole et al. 2016; Schoenholz et al. 2017, eqs. (3)-(9).
+    Source: Poole et al. 2016; Schoenholz et al. 2017, eqs. (3)-(9) and section 5 for dropout.
 
     Example:
         >>> field = mean_field("tanh", 1.5, 0.05)
@@ -85,6 +89,8 @@ def mean_field(activation: object, sigma_w: Number, sigma_b: Number = 0.0) -> Me
     """
     phi = as_activation(activation)
     sigma_w, sigma_b = checked_sigma("sigma_w", sigma_w), checked_sigma("sigma_b", sigma_b)
+    keep = 1.0 - checked_dropout(dropout)
+    plain, sigma_w = sigma_w, sigma_w / keep**0.5
     points = length_fixed_points(phi, sigma_w, sigma_b)
     q = _reached(phi, sigma_w, sigma_b, points)
     # Far out an activation is its asymptote; that is what a diverging signal sees.
@@ -95,7 +101,7 @@ def mean_field(activation: object, sigma_w: Number, sigma_b: Number = 0.0) -> Me
         # The map for c is that of the tangent at zero (or of the homogeneous function), normalised.
         c_star, slope_c = 1.0, 1.0
     else:
-        c_star, slope_c = correlation_fixed_point(phi, sigma_w, sigma_b, seen)
+        c_star, slope_c = correlation_fixed_point(phi, plain, sigma_b, seen, keep)
     phase: Phase = "critical" if abs(chi - 1) < _CRITICAL else "ordered" if chi < 1 else "chaotic"
     return MeanField(q, c_star, chi, slope_q, slope_c, depth_scale(slope_q), depth_scale(slope_c), phase, points)
 
@@ -105,6 +111,13 @@ def checked_sigma(name: str, sigma: Number) -> float:
     if not (np.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"{name} is a standard deviation: it must be finite and >= 0, got {sigma}.")
     return float(sigma)
+
+
+def checked_dropout(dropout: Number) -> float:
+    """Return the probability of dropping a unit as a float, or say what is wrong with it."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is the probability of dropping a unit, in [0, 1), got {dropout}.")
+    return float(dropout)
 
 
 def depth_scale(slope: float) -> float:

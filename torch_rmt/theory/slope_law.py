@@ -52,6 +52,20 @@ class NodeLaw:
             self.floor * factor,
         )
 
+    def thinned(self, drop: float) -> NodeLaw:
+        """The law of s m / (1 - drop)^2, m zero with probability `drop`, else one: slopes behind a dropout mask."""
+        if drop == 0.0:
+            return self
+        kept = self.scaled((1.0 - drop) ** -2)
+        atoms = dict(kept.atoms)
+        masses = {s: mass * (1.0 - drop) for s, mass in atoms.items()}
+        masses[0.0] = masses.get(0.0, 0.0) + drop
+        return NodeLaw(
+            np.concatenate([np.zeros(1, dtype=kept.nodes.dtype), kept.nodes]),
+            np.concatenate([np.full(1, drop, dtype=kept.weights.dtype), (1.0 - drop) * kept.weights]),
+            tuple(sorted(masses.items())), kept.ranges, kept.floor,
+        )  # fmt: skip
+
     def holes(self) -> tuple[tuple[float, float], ...]:
         """The open intervals of (0, inf) without mass, the last one unbounded."""
         taken = sorted([(s, s) for s, _ in self.atoms] + list(self.ranges))
@@ -160,6 +174,9 @@ def _ranges(
 ) -> tuple[dict[int, float], list[tuple[float, float]]]:
     """Pieces of constant s, by their number, and the range of s on each other piece."""
     extrema = np.array([c for c in corners(activation, float(np.sqrt(q))) if c not in activation.kinks])
+    # At a kink s has two limits, which no node reaches.
+    beside = 1e-12 * max(1.0, float(np.sqrt(q)))
+    extrema = np.concatenate([extrema] + [[k - beside, k + beside] for k in activation.kinks])
     h = np.concatenate([h, extrema])
     s = np.concatenate([s, np.asarray(activation.derivative(extrema), dtype=np.float64) ** 2])
     piece = np.searchsorted(np.array(activation.kinks), h)

@@ -1,86 +1,15 @@
-"""Maps of networks that are no plain chain: dropout, residual branches, normalisation layers, convolutions."""
+"""Maps of networks that are no plain chain: residual branches, normalisation layers, convolutions."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from torch_rmt.theory.activation import Number, as_activation
-from torch_rmt.theory.architecture import Ensemble, Layer
-from torch_rmt.theory.correlation import pair_expectation
-from torch_rmt.theory.critical import CriticalPoint, critical_point
-from torch_rmt.theory.gaussian import gaussian_expectation
+from torch_rmt.theory.architecture import Ensemble, Layer, Normalisation
 from torch_rmt.theory.isometry import smooth_limit
-from torch_rmt.theory.mean_field import checked_sigma, depth_scale, length_fixed_point
-from torch_rmt.theory.moments import second_moment, slope_moment
+from torch_rmt.theory.mean_field import checked_sigma
+from torch_rmt.theory.moments import mean_value, second_moment, slope_moment
 from torch_rmt.theory.prediction import Prediction
-
-Normalisation = Literal["layer", "rms", "batch"]
-
-
-@dataclass(frozen=True)
-class DropoutField:
-    """Mean field with dropout: q_star and chi of one masked pass, c_star between two masks of one input."""
-
-    q_star: float
-    chi: float
-    c_star: float
-    depth_scale_c: float
-
-
-def dropout_field(activation: object, sigma_w: Number, sigma_b: Number, keep: Number) -> DropoutField:
-    """q <- (sigma_w^2 / keep) E phi^2 + sigma_b^2, chi = (sigma_w^2 / keep) E phi'^2; c loses the factor 1 / keep.
-
-    Two passes of one input see different masks, so c = 1 is no fixed point: depth is bounded by the noise itself.
-
-    Raises:
-        ValueError: keep outside (0, 1], a negative sigma, or a q that diverges.
-
-    Source: Schoenholz et al. 2017, section 5.
-
-    Example:
-        >>> dropout_field("tanh", 1.2, 0.1, 0.9).c_star < 1
-        True
-    """
-    phi = as_activation(activation)
-    sigma_w, sigma_b = checked_sigma("sigma_w", sigma_w), checked_sigma("sigma_b", sigma_b)
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the probability of keeping a unit, in (0, 1], got {keep}.")
-    q = length_fixed_point(phi, sigma_w / keep**0.5, sigma_b)
-    if not np.isfinite(q):
-        raise ValueError(f"the signal diverges at sigma_w = {sigma_w:g} with keep = {keep:g}: use a smaller sigma_w.")
-    chi = sigma_w**2 / keep * slope_moment(phi, q)
-    if q == 0.0:
-        return DropoutField(0.0, chi, 1.0, float("inf"))
-    c = 1.0
-    for _ in range(10_000):
-        new = (sigma_w**2 * pair_expectation(phi.value, q, c, phi.kinks) + sigma_b**2) / q
-        if abs(new - c) < 1e-13:
-            break
-        slope = sigma_w**2 * pair_expectation(phi.derivative, q, c, phi.kinks)
-        # Newton where the map contracts; plain iteration, which cannot leave [0, 1], elsewhere.
-        c = min(max(c + (new - c) / (1 - slope), 0.0), 1.0) if slope < 0.95 else new
-    slope = sigma_w**2 * pair_expectation(phi.derivative, q, c, phi.kinks)
-    return DropoutField(q, chi, c, depth_scale(slope))
-
-
-def dropout_critical_point(activation: object, keep: Number, *, sigma_b: Number | None = None) -> CriticalPoint:
-    """The critical point with dropout: sigma_w is sqrt(keep) times that without, q* is the same.
-
-    The mask enters V and E phi'^2 by the same factor 1 / keep; so only sigma_w moves.
-
-    Example:
-        >>> round(dropout_critical_point("relu", 0.5).sigma_w, 12)
-        1.0
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the probability of keeping a unit, in (0, 1], got {keep}.")
-    plain = critical_point(activation, sigma_b=sigma_b)
-    return CriticalPoint(
-        plain.sigma_w * keep**0.5, plain.sigma_b, plain.q_star, plain.chi, plain.slope_q, plain.kind, plain.advice
-    )
 
 
 def residual_spectrum(
@@ -164,8 +93,7 @@ def normalised_chi(
     sigma_w, sigma_b = checked_sigma("sigma_w", sigma_w), checked_sigma("sigma_b", sigma_b)
     slope, square = slope_moment(phi, 1.0), second_moment(phi, 1.0)
     if normalisation == "batch":
-        mean = gaussian_expectation(phi.value, 1.0, phi.kinks)
-        return slope / (square - mean**2)
+        return slope / (square - mean_value(phi, 1.0) ** 2)
     if normalisation not in ("layer", "rms"):
         raise ValueError(f"normalisation is 'layer', 'rms' or 'batch', not {normalisation!r}.")
     before = sigma_w**2 * square + sigma_b**2
