@@ -204,6 +204,41 @@ def test_circular_convolution() -> None:
     assert distance < 0.02
 
 
+@pytest.mark.parametrize("ensemble", ["orthogonal", "gaussian"])
+def test_convolutional_networks(ensemble: str) -> None:
+    """Circular torch convolutions, delta-orthogonal or Gaussian, whole networks by autograd, at two sizes."""
+    distances = []
+    for channels, side, draws in ((6, 3, 6), (24, 4, 2)):
+        layer = convolution_layer(
+            channels, channels, side**2, "tanh", sigma_w=1.2, sigma_b=0.2, ensemble="orthogonal"
+            if ensemble == "orthogonal" else "gaussian",
+        )  # fmt: skip
+        law = jacobian_spectrum(Architecture((layer,) * 3, input_second_moment=1.0)).measure
+        generator = torch.Generator().manual_seed(9)
+        found = []
+        for _ in range(draws):
+            modules: list[torch.nn.Module] = []
+            for _ in range(3):
+                conv = torch.nn.Conv2d(channels, channels, 3, padding=1, padding_mode="circular", dtype=torch.float64)
+                with torch.no_grad():
+                    if ensemble == "orthogonal":
+                        conv.weight.zero_()
+                        conv.weight[:, :, 1, 1] = 1.2 * draw_weights(channels, channels, ensemble, generator)
+                    else:
+                        conv.weight.normal_(std=1.2 / (9 * channels) ** 0.5, generator=generator)
+                    conv.bias.normal_(std=0.2, generator=generator)  # type: ignore[union-attr]
+                modules += [conv, torch.nn.Tanh()]
+            x = torch.randn(1, channels, side, side, generator=generator, dtype=torch.float64)
+            x = x / x.pow(2).mean() ** 0.5
+            jacobian = torch.autograd.functional.jacobian(torch.nn.Sequential(*modules), x)
+            n = channels * side**2
+            found.append(kolmogorov(law, np.sort(torch.linalg.svdvals(jacobian.reshape(n, n)).numpy() ** 2)))
+        distances.append(np.mean(found))
+    # Freeness needs many channels; many positions alone only add copies.
+    assert distances[1] < 0.6 * distances[0]
+    assert distances[1] < 0.05
+
+
 @pytest.mark.parametrize("name", ["relu", "tanh"])
 def test_batch_norm_makes_gradients_explode(name: str) -> None:
     """chi from the growth of a gradient through drawn layers with batch norm, against E phi'^2 / Var phi."""
