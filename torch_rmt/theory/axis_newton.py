@@ -14,9 +14,9 @@ from torch_rmt.measures.base import Interval, SpectralMeasure
 from torch_rmt.measures.half_plane import fold, unfold
 
 Unknowns = Complex[np.ndarray, "unknowns points"]
-_FACTOR = 0.35  # of height, each step of the descent; found by tuning, failures halve it in logarithm
+_FACTOR = 0.12  # of height, each step of the descent; found by tuning, failures halve it in logarithm
 _NEWTON = 9
-_TABLE = 97  # angles per band; the starts between them are linear
+_TABLE = 65  # angles per band; the starts between them are linear
 
 
 class NewtonLaw(SpectralMeasure):

@@ -253,7 +253,7 @@ class LayeredKernelLaw(NewtonLaw):
             tangent = turned * size / next_size
             tangent /= np.linalg.norm(tangent)
             point, size = ahead, next_size
-            length = min(0.6, 1.7 * length) if length else 0.2
+            length = min(1.0, 2.5 * length) if length else 0.2
         return float(point[-1])
 
     def _correct(
