@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.spectra.probes import require_finite, require_size, sphere
+from torch_rmt.spectra.probes import column_dots, require_finite, require_size, sphere
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def trace(operator: LinearOperator, generator: torch.Generator, *, matvecs: int 
     if _left_over_share(images) < 1.0 / 3.0:
         return _deflated(operator, generator, images, matvecs - 2 * third, spent=third)
     rest = _draw(operator, matvecs - third, generator)
-    vectors, products = torch.cat([first, rest], dim=1), torch.cat([images, _product(operator, rest)], dim=1)
-    value, error = _sphere_mean(vectors, products, dim, symmetric=operator.symmetric)
+    both = ((first, images), (rest, _product(operator, rest)))
+    value, error = _sphere_mean(both, dim, symmetric=operator.symmetric)
     return Estimate(value, error, matvecs, "hutchinson")
 
 
@@ -71,7 +71,7 @@ def hutchinson(operator: LinearOperator, generator: torch.Generator, *, probes: 
     """
     dim = _require_square(operator)
     vectors = _draw(operator, probes, generator)
-    value, error = _sphere_mean(vectors, _product(operator, vectors), dim, symmetric=operator.symmetric)
+    value, error = _sphere_mean(((vectors, _product(operator, vectors)),), dim, symmetric=operator.symmetric)
     return Estimate(value, error, probes, "hutchinson")
 
 
@@ -199,7 +199,7 @@ def mixed_moment(word: Sequence[LinearOperator], generator: torch.Generator, *, 
     images = vectors
     for operator in reversed(word):
         images = _product(operator, images)
-    value, error = _sphere_mean(vectors, images, dim, symmetric=False)
+    value, error = _sphere_mean(((vectors, images),), dim, symmetric=False)
     return Estimate(value / dim, error / dim, probes * len(word), "mixed moment")
 
 
@@ -223,24 +223,25 @@ def _deflated(
     vectors = vectors / vectors.norm(dim=0)
     products = _product(operator, vectors)
     products = products - q @ (q.T @ products)
-    rest, error = _sphere_mean(vectors, products, dim - rank, symmetric=operator.symmetric)
+    rest, error = _sphere_mean(((vectors, products),), dim - rank, symmetric=operator.symmetric)
     return Estimate(_host(inner)[0] + rest, error, spent + rank + probes, "hutch++")
 
 
 def _sphere_mean(
-    vectors: Float[Tensor, "dim k"], products: Float[Tensor, "dim k"], freedom: int, *, symmetric: bool
+    blocks: Sequence[tuple[Float[Tensor, "dim _"], Float[Tensor, "dim _"]]], freedom: int, *, symmetric: bool
 ) -> tuple[float, float]:
-    """Trace and standard error from A v for columns v uniform on a unit sphere of `freedom` dimensions.
+    """Trace and standard error from blocks (v, A v) of columns v uniform on a unit sphere of `freedom` dimensions.
 
     Only the symmetric part of A matters: |A + A^T|_F^2 / 4 = (|A|_F^2 + tr A^2) / 2, and for A that is not
     symmetric tr A^2 comes from pairs of probes, E (v^T A u) (u^T A v) = tr A^2 / dim^2.
     """
-    count = vectors.shape[1]
-    forms = vectors.double().T @ products.double()
-    quadratic = forms.diagonal()
-    squared = products.double().square().sum(dim=0)
+    quadratic = torch.cat([column_dots(vectors, products) for vectors, products in blocks])
+    squared = torch.cat([column_dots(products, products) for _, products in blocks])
+    count = len(quadratic)
     mean, second = quadratic.mean(), squared.mean()
     if not symmetric and count > 1:
+        vectors, products = (torch.cat(part, dim=1).double() for part in zip(*blocks, strict=True))
+        forms = vectors.T @ products
         pairs = ((forms * forms.T).sum() - quadratic.square().sum()) / (count * (count - 1))
         second = 0.5 * (second + (freedom * pairs).clamp(-second, second))
     spread = (second - mean**2).clamp_min(0.0)
@@ -284,7 +285,7 @@ def _draw(operator: LinearOperator, count: int, generator: torch.Generator) -> F
 
 def _product(operator: LinearOperator, vectors: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
     images = operator.matmat(vectors).detach()
-    require_finite(images, operator)
+    require_finite(column_dots(images, images), operator)
     return images
 
 
