@@ -17,16 +17,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from torch_rmt.measures import SpectralMeasure
+from torch_rmt.measures import PointMass, Semicircle, SpectralMeasure
 from torch_rmt.theory import (
     SphericalSpinGlass,
+    TracyWidom,
     conjugate_kernel_spectrum,
     deep_fisher_spectrum,
     fisher_spectrum,
     gradient_norm_law,
     gram_spectrum,
     hessian_spectrum,
+    largest_eigenvalue_law,
     neural_tangent_spectrum,
+    spike_in_sum,
 )
 
 
@@ -86,6 +89,16 @@ def hessian(n: int) -> torch.Tensor:
     return torch.linalg.eigvalsh(matrix)
 
 
+def wigner(n: int, variance: float = 1.0) -> torch.Tensor:
+    noise = normal(n, n)
+    return (noise + noise.T) * (variance / (2 * n)) ** 0.5
+
+
+def hessian_wigner(n: int) -> torch.Tensor:
+    j = normal(2 * n, 4 * n)
+    return torch.linalg.eigvalsh(j @ j.T / (4 * n) + wigner(2 * n, 0.8))
+
+
 def fisher(n: int) -> torch.Tensor:
     n = max(6, n // 8)
     first, second, x = normal(n, n) / n**0.5, normal(n, n) / n**0.5, normal(40 * n, n)
@@ -106,6 +119,17 @@ def deep_fisher(n: int) -> torch.Tensor:
         theta = x @ x / n * torch.eye(n, dtype=torch.float64) + w @ (slope[:, None] * theta * slope[None, :]) @ w.T
         h = w @ x
         x, slope = torch.relu(h), (h > 0).double()
+    return torch.linalg.eigvalsh(theta)
+
+
+def deep_fisher_orthogonal(n: int) -> torch.Tensor:
+    x, theta, slope = normal(n), torch.zeros(n, n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+    x = x / x.norm() * n**0.5
+    for _ in range(3):
+        w = 1.3 * torch.nn.init.orthogonal_(torch.empty(n, n, dtype=torch.float64))
+        theta = x @ x / n * torch.eye(n, dtype=torch.float64) + w @ (slope[:, None] * theta * slope[None, :]) @ w.T
+        x = torch.tanh(w @ x)
+        slope = 1.0 - x**2
     return torch.linalg.eigvalsh(theta)
 
 
@@ -141,11 +165,21 @@ FIGURES: dict[str, Figure] = {
     "hessian": Figure(
         "Hessian, one hidden ReLU layer", lambda n: hessian_spectrum(phi=0.5, energy=0.4).measure, hessian
     ),
+    "hessian_wigner": Figure(
+        "Hessian, Wigner residual part",
+        lambda n: hessian_spectrum(phi=0.5, energy=0.4, residual="wigner").measure,
+        hessian_wigner,
+    ),
     "fisher": Figure("Fisher matrix, one hidden tanh layer", lambda n: fisher_spectrum("tanh").measure, fisher),
     "deep_fisher": Figure(
         "Fisher matrix of one sample, three ReLU layers",
         lambda n: deep_fisher_spectrum("relu", depth=3, width=n, sigma_w=2.0**0.5).measure,
         deep_fisher,
+    ),
+    "deep_fisher_orthogonal": Figure(
+        "Fisher matrix of one sample, three orthogonal tanh layers",
+        lambda n: deep_fisher_spectrum("tanh", depth=3, width=n, sigma_w=1.3, ensemble="orthogonal").measure,
+        deep_fisher_orthogonal,
     ),
     "spin_glass": Figure("Hessian of a cubic spin glass", lambda n: SphericalSpinGlass(3).hessian_law(0.0), spin_glass),
 }
@@ -196,6 +230,66 @@ def gradient_figure(n: int, draws: int, path: Path) -> None:
     plt.close(fig)
 
 
+def largest_eigenvalue_figure(n: int, draws: int, path: Path) -> None:
+    law = largest_eigenvalue_law(hessian_spectrum(phi=0.5, energy=0.4, residual="wigner").measure, 2 * n)
+    tops = np.array([float(hessian_wigner(n)[-1]) for _ in range(draws)])
+    fig, ax = plt.subplots(figsize=(6, 3.5))
+    ax.hist((tops - law.edge) / law.scale, bins=20, density=True, color="0.8", label="drawn")
+    s = np.linspace(-5.0, 4.0, 200)
+    ax.plot(s, TracyWidom().density(s), label="Tracy-Widom, real")
+    ax.set_title("Largest eigenvalue of the Hessian, from the edge in units of its scale")
+    ax.set_xlabel("(largest eigenvalue - edge) / scale")
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def spike_figure(n: int, path: Path) -> None:
+    strengths = np.linspace(0.2, 3.0, 15)
+    fine = np.linspace(0.1, 3.0, 100)
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.5))
+    drawn = []
+    for theta in strengths:
+        matrix = wigner(n)
+        matrix[0, 0] += theta
+        values, vectors = torch.linalg.eigh(matrix)
+        drawn.append((float(values[-1]), float(vectors[0, -1] ** 2)))
+    law = [spike_in_sum(PointMass(0.0), Semicircle(), float(theta)) for theta in fine]
+    predicted = [[found.position for found in law], [found.overlap for found in law]]
+    for ax, k, label in zip(axes, (0, 1), ("largest eigenvalue", "overlap of its eigenvector"), strict=True):
+        ax.plot(strengths, [pair[k] for pair in drawn], "o", color="0.6", label="drawn")
+        ax.plot(fine, predicted[k], label="predicted")
+        ax.set_xlabel("strength of the spike")
+        ax.set_ylabel(label)
+        ax.legend()
+    fig.suptitle("A spike in Wigner noise")
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def complexity_figure(path: Path) -> None:
+    glass = SphericalSpinGlass(3)
+    u = np.linspace(-1.02 * glass.ground_state_energy, -0.97 * glass.threshold_energy, 300)
+    fig, ax = plt.subplots(figsize=(6, 3.5))
+    for index in range(4):
+        ax.plot(u, glass.complexity(u, index=index), label=f"index {index}")
+    ax.plot(u, glass.complexity(u), "k--", label="all")
+    for low, _, _ in glass.bands(4):
+        ax.axvline(low, color="0.85", zorder=0)
+    ax.axvline(-glass.threshold_energy, color="0.5", zorder=0)
+    ax.axhline(0.0, color="0.5", linewidth=0.5)
+    ax.set_title("Cubic spin glass: critical points by index; bands between -E_0 and -E_inf")
+    ax.set_xlabel("energy per spin")
+    ax.set_ylabel("complexity")
+    ax.set_ylim(bottom=-0.02)
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 def main(arguments: list[str] | None = None) -> list[Path]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small matrices: for the tests")
@@ -210,6 +304,11 @@ def main(arguments: list[str] | None = None) -> list[Path]:
         density_figure(figure, n, written[-1])
     written.append(options.out / "gradient_norm.png")
     gradient_figure(20 if options.quick else 60, 300 if options.quick else 2000, written[-1])
+    for name in ("largest_eigenvalue", "spike", "spin_glass_complexity"):
+        written.append(options.out / f"{name}.png")
+    largest_eigenvalue_figure(20 if options.quick else 40, 60 if options.quick else 600, written[-3])
+    spike_figure(60 if options.quick else 400, written[-2])
+    complexity_figure(written[-1])
     print("\n".join(str(path) for path in written))
     return written
 
