@@ -21,6 +21,7 @@ from torch_rmt.theory import (
 )
 from torch_rmt.theory.architecture import pre_activation_moments
 from torch_rmt.theory.finite_size import scale_variance
+from torch_rmt.theory.moments import second_moment
 
 
 def draw_weights(n_out: int, n_in: int, ensemble: str, generator: torch.Generator) -> torch.Tensor:
@@ -194,6 +195,26 @@ def test_residual_networks(name: str, sigma_w: float, seed: int) -> None:
     assert bulk.mean() == pytest.approx(prediction.scalars["mean"], rel=0.08)
     assert distances[1] < 0.025
     assert distances[1] < 0.7 * distances[0]
+
+
+def test_few_residual_branches() -> None:
+    """Mean and variance are exact for large branches; the law comes nearer like the share of one branch."""
+    n, distances, phi = 400, [], as_activation("tanh")
+    for depth in (3, 12):
+        scale = (1.2 / depth) ** 0.5
+        prediction = residual_spectrum("tanh", depth=depth, width=n, sigma_w=1.0, scale=scale)
+        generator = torch.Generator().manual_seed(2)
+        jacobian, v = torch.eye(n, dtype=torch.float64), 1.0
+        for _ in range(depth):
+            order = torch.randperm(n, generator=generator)
+            slopes = scale * even_slopes("tanh", v, n)[order]
+            jacobian = jacobian + slopes[:, None] * (draw_weights(n, n, "gaussian", generator) @ jacobian)
+            v += scale**2 * second_moment(phi, v)
+        values = np.sort(torch.linalg.svdvals(jacobian).numpy() ** 2)
+        assert values.mean() == pytest.approx(prediction.scalars["mean"], rel=0.02)
+        assert values.var() == pytest.approx(prediction.scalars["variance"], rel=0.06)
+        distances.append(kolmogorov(prediction.measure, values))
+    assert distances[1] < 0.45 * distances[0]
 
 
 def test_circular_convolution() -> None:
