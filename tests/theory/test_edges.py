@@ -128,6 +128,30 @@ def test_drawn_spikes_in_a_sum_and_in_a_product(seed: int) -> None:
     assert float(vectors[-1, -1] ** 2) == pytest.approx(found.overlap, abs=0.06)
 
 
+def test_drawn_spikes_approach_their_places_and_overlaps_like_one_over_root_n() -> None:
+    sizes, errors = (50, 100, 200), []
+    in_sum = spike_in_sum(MarchenkoPastur(0.5), Semicircle(0.3), 5.0)
+    in_product = spike_in_product(MarchenkoPastur(0.5), MarchenkoPastur(0.25), 5.0)
+    for n in sizes:
+        # population at its quantiles: what is left is the noise of the other part
+        bulk = torch.as_tensor(MarchenkoPastur(0.5).quantile((np.arange(n) + 0.5) / n))
+        bulk[-1] = 5.0
+        found = []
+        for seed in range(24):
+            generator = torch.Generator().manual_seed(100 * seed + n)
+            noise = normal(generator, n, n)
+            values, vectors = torch.linalg.eigh(torch.diag(bulk) + (noise + noise.T) * (0.3 / (2 * n)) ** 0.5)
+            row = [float(values[-1]) / in_sum.position - 1.0, float(vectors[-1, -1] ** 2) - in_sum.overlap]
+            noise = bulk.sqrt()[:, None] * normal(generator, n, 4 * n)
+            values, vectors = torch.linalg.eigh(noise @ noise.T / (4 * n))
+            row += [float(values[-1]) / in_product.position - 1.0, float(vectors[-1, -1] ** 2) - in_product.overlap]
+            found.append(row)
+        errors.append(np.sqrt(np.mean(np.square(found), axis=0)))
+    slopes = np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+    np.testing.assert_allclose(slopes, -0.5, atol=0.3)
+    assert np.all(errors[-1] < np.array([0.03, 0.03, 0.1, 0.05])), errors[-1]
+
+
 def test_outlier_of_the_gram_law_is_that_of_the_product() -> None:
     law = gram_law(1.0, 0.0, psi=1.0, phi=0.5)
     # population I with one spike strength + 1 in the direction of the mean, to leading order in 1/strength
