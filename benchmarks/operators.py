@@ -1,193 +1,202 @@
-"""Products, blocks, duals and sweeps as ratios to one gradient of the same loss, beside curvlinops.
+"""Products, blocks, duals and sweeps beside other libraries: time as ratios to one gradient, and peak memory.
 
-Run `python benchmarks/operators.py [--device cuda] [--threads N] [--only mlp gpt resnet]`; prints a Markdown
-table. All figures of one model come from one run, "g" is one forward and backward pass. Medians of
-interleaved repetitions.
+Run `python benchmarks/operators.py [--device cuda] [--dtype bfloat16] [--threads N] [--only mlp gpt resnet] [--tiny]`;
+prints a Markdown table. All figures of one model come from one run, interleaved; "g" is one forward and backward pass.
+Memory is the peak above what was held before, of building a row's operator and of its first two runs. Each row is
+also put beside the machine's matrix product (4096 square, same type as the model). `--only large_mlp large_gpt` is
+meant for a GPU. For hessian-eigenthings and PyHessian run it with a Python that has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from networks import Setting, gpt, large_gpt, large_mlp, mlp, resnet
+from rivals import Build, rivals
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from torch_rmt.operators import (
-    Fisher,
-    GaussNewton,
-    Hessian,
-    dual_gram,
-    input_to_layers,
-    layer_blocks,
-)
+from torch_rmt.operators import Fisher, GaussNewton, Hessian, dual_gram, input_to_layers, layer_blocks
 
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.qkv, self.out = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = (p.view(b, t, self.heads, -1).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(b, t, d))
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.attention, self.norm2 = nn.LayerNorm(dim), Attention(dim, heads), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class GPT(nn.Module):
-    def __init__(self, vocabulary: int = 65, dim: int = 128, depth: int = 5, length: int = 64) -> None:
-        super().__init__()
-        self.token, self.place = nn.Embedding(vocabulary, dim), nn.Embedding(length, dim)
-        self.blocks = nn.Sequential(*[Block(dim, 4) for _ in range(depth)])
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        logits = self.head(self.norm(self.blocks(self.token(tokens) + self.place(places))))
-        return logits.flatten(0, 1)
-
-
-class Residual(nn.Module):
-    def __init__(self, into: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(into, out, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
-        same = stride == 1 and into == out
-        self.skip = nn.Identity() if same else nn.Conv2d(into, out, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(y + self.skip(x))
-
-
-def mlp() -> tuple[nn.Module, Tensor, Tensor]:
-    net = nn.Sequential(nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10))
-    return net, torch.randn(512, 784), torch.randint(0, 10, (512,))
-
-
-def gpt() -> tuple[nn.Module, Tensor, Tensor]:
-    return GPT(), torch.randint(0, 65, (16, 64)), torch.randint(0, 65, (16 * 64,))
-
-
-def resnet() -> tuple[nn.Module, Tensor, Tensor]:
-    widths = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    body = [Residual(*w) for w in widths]
-    net = nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    return net.eval(), torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {"mlp": mlp, "gpt": gpt, "resnet": resnet}
+MODELS: dict[str, Callable[[bool], Setting]] = {
+    "mlp": mlp,
+    "gpt": gpt,
+    "resnet": resnet,
+    "large_mlp": large_mlp,
+    "large_gpt": large_gpt,
+}
 REPEATS = 5
+BLOCK = 16
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """One timed call, the device's queue emptied before and after."""
-    if torch.cuda.is_available():
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """One timed call, the device's queue emptied before and after; CPU time of one thread does not see neighbours."""
+    if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     run()
-    if torch.cuda.is_available():
+    return clock() - start
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def peak(run: Callable[[], Any], device: str) -> tuple[Any, float | None]:
+    """Result of a call, and the MiB that it held at most above what was held before (None where unknown)."""
+    gc.collect()
+    if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        torch.cuda.synchronize()
+        return result, (torch.cuda.max_memory_allocated() - before) / 2**20
+    if sys.platform != "linux":
+        return run(), None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # the high-water mark starts anew
+    before = _resident("VmRSS")
+    result = run()
+    return result, (_resident("VmHWM") - before) / 2**20
 
 
-def rows(name: str, device: str) -> dict[str, Callable[[], Any]]:
-    """What to time on one model; the first row is the gradient."""
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Flops a second of a product of two large square matrices."""
+    size = 4096 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
+
+
+def rows(name: str, device: str, dtype: torch.dtype, tiny: bool) -> dict[str, Build]:
+    """What to time on one model: label, and what builds the call; the first row is the gradient."""
     torch.manual_seed(0)
-    model, x, y = MODELS[name]()
-    model, x, y = model.to(device), x.to(device), y.to(device)
+    model, x, y = MODELS[name](tiny)
+    model, x, y = model.to(device, dtype), x.to(device), y.to(device)
+    x = x.to(dtype) if x.is_floating_point() else x
     loss = nn.CrossEntropyLoss()
 
     def gradient() -> None:
         model.zero_grad()
         loss(model(x), y).backward()
 
-    work: dict[str, Callable[[], Any]] = {"gradient": gradient}
+    work: dict[str, Build] = {"gradient": lambda: gradient}
     n = sum(p.numel() for p in model.parameters())
-    v, many = torch.randn(n, 1, device=device), torch.randn(n, 16, device=device)
-    hessian = Hessian(model, loss, (x, y))
-    operators: dict[str, Any] = {"Hessian": hessian, "Gauss-Newton": GaussNewton(model, loss, (x, y))}
-    if name != "gpt":  # the GPT's loss counts tokens, its empirical Fisher samples
-        operators["empirical Fisher"] = Fisher(model, loss, (x, y), kind="empirical")
-    for label, operator in operators.items():
-        work[f"{label} product"] = lambda o=operator: o.matmat(v)
-        work[f"{label}, block of 16, a vector"] = lambda o=operator: o.matmat(many)
-    blocks = layer_blocks(hessian)
-    parts = {key: torch.randn(b.shape[0], 1, device=device) for key, b in blocks.items()}
-    work[f"all {len(blocks)} layer blocks of the Hessian"] = lambda: [b.matmat(parts[k]) for k, b in blocks.items()]
+    measured = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    v = torch.randn(n, 1, device=device, dtype=measured)
+
+    def products(make: Callable[[], Any], width: int) -> Callable[[], Any]:
+        operator = make()
+        vectors = v if width == 1 else torch.randn(width, n, device=device, dtype=measured).T
+        return lambda: operator.matmat(vectors)
+
+    operators: dict[str, Callable[[], Any]] = {
+        "Hessian": lambda: Hessian(model, loss, (x, y)),
+        "Gauss-Newton": lambda: GaussNewton(model, loss, (x, y)),
+    }
+    if "gpt" not in name:  # the GPT's loss counts tokens, its empirical Fisher samples
+        operators["empirical Fisher"] = lambda: Fisher(model, loss, (x, y), kind="empirical")
+    for label, make in operators.items():
+        work[f"{label} product"] = lambda make=make: products(make, 1)
+        if not name.startswith("large"):
+            work[f"{label}, block of {BLOCK}, a vector"] = lambda make=make: products(make, BLOCK)
+
+    def blocks() -> Callable[[], Any]:
+        parts = layer_blocks(Hessian(model, loss, (x, y)))
+        vectors = {key: torch.randn(b.shape[0], 1, device=device, dtype=measured) for key, b in parts.items()}
+        return lambda: [b.matmat(vectors[key]) for key, b in parts.items()]
+
+    work["all layer blocks of the Hessian, a product each"] = blocks
     if name == "mlp":
-        work["exact Gauss-Newton spectra of all layers, batch 128"] = lambda: dual_gram(
-            GaussNewton(model, loss, (x[:128], y[:128])), by_layer=True
-        ).layer_eigenvalues()
-    try:
-        import curvlinops
-    except ImportError:
-        return work
-    params = list(model.parameters())
-    theirs = {"Hessian": curvlinops.HessianLinearOperator, "Gauss-Newton": curvlinops.GGNLinearOperator}
-    for label, kind in theirs.items():
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            operator = kind(model, loss, params, [(x, y)], check_deterministic=False)
-
-        def product(o: Any = operator) -> Any:
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                return o @ v[:, 0]
-
-        work[f"curvlinops {label} product"] = product
+        few = (x[:128], y[:128])
+        work["exact Gauss-Newton spectra of all layers, batch 128"] = lambda: (
+            lambda: dual_gram(GaussNewton(model, loss, few), by_layer=True).layer_eigenvalues()
+        )
+    if dtype == measured:
+        work.update(rivals(model, x, y, v[:, 0]))
     return work
 
 
-def sweep(device: str) -> tuple[float, float]:
+def sweep(device: str, tiny: bool) -> tuple[float, float]:
     """Seconds for all input-to-layer Jacobians of a deep MLP, and for the last one alone."""
-    net = nn.Sequential(*[p for _ in range(32) for p in (nn.Linear(256, 256), nn.Tanh())]).to(device)
-    x, names = torch.randn(1, 256, device=device), [str(2 * i + 1) for i in range(32)]
+    width = 16 if tiny else 256
+    net = nn.Sequential(*[p for _ in range(32) for p in (nn.Linear(width, width), nn.Tanh())]).to(device)
+    x, names = torch.randn(1, width, device=device), [str(2 * i + 1) for i in range(32)]
     calls = (lambda: input_to_layers(net, x, names), lambda: input_to_layers(net, x, names[-1:]))
     for call in calls:
         call()
-    times = [[seconds(call) for call in calls] for _ in range(REPEATS)]
+    times = [[seconds(call, device) for call in calls] for _ in range(REPEATS)]
     return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
 
 
+def measure(name: str, device: str, dtype: torch.dtype, tiny: bool) -> None:
+    """Print one model's table."""
+    calls: dict[str, Callable[[], Any]] = {}
+    memory: dict[str, float | None] = {}
+    flops: dict[str, float] = {}
+    for label, build in rows(name, device, dtype, tiny).items():
+
+        def first(build: Build = build) -> Callable[[], Any]:
+            run = build()
+            run()
+            run()
+            return run
+
+        try:
+            calls[label], memory[label] = peak(first, device)
+        except Exception as problem:  # a rival that refuses this model must not end the run
+            print(f"{label}: {type(problem).__name__}: {str(problem).splitlines()[:1]}", file=sys.stderr)
+            continue
+        try:
+            with FlopCounterMode(display=False) as counter:
+                calls[label]()
+            flops[label] = counter.get_total_flops()
+        except RuntimeError:  # the counter's module hooks do not bear every use of autograd
+            pass
+    taken: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in range(REPEATS):
+        for label, run in calls.items():
+            taken[label].append(seconds(run, device))
+    g, limit = statistics.median(taken["gradient"]), matmul_rate(device, dtype)
+    where = f"{torch.get_num_threads()} threads, {device}, {dtype}"
+    print(f"\n{name}: one gradient {1e3 * g:.1f} ms, {where}; matrix product {limit / 1e9:.0f} Gflop/s\n")
+    print("| work | g | peak MiB | share of the matrix product's rate |\n|---|---|---|---|")
+    for label, times in taken.items():
+        middle = statistics.median(times)
+        share = BLOCK if "block of" in label else 1
+        held = memory[label]
+        shown = "" if held is None else f"{held:.0f}"
+        rate = f"{flops[label] / middle / limit:.0%}" if flops.get(label) else ""
+        print(f"| {label} | {middle / g / share:.2f} | {shown} | {rate} |")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=["mlp", "gpt", "resnet"])
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script itself")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.only:
-        work = rows(name, options.device)
-        for run in work.values():
-            run()
-        taken: dict[str, list[float]] = {label: [] for label in work}
-        for _ in range(REPEATS):
-            for label, run in work.items():
-                taken[label].append(seconds(run))
-        g = statistics.median(taken["gradient"])
-        print(f"\n{name}: one gradient {1e3 * g:.1f} ms, {options.threads} threads, {options.device}\n")
-        print("| work | g |\n|---|---|")
-        for label, times in taken.items():
-            share = 16 if "block of 16" in label else 1
-            print(f"| {label} | {statistics.median(times) / g / share:.2f} |")
-    whole, last = sweep(options.device)
+        measure(name, options.device, getattr(torch, options.dtype), options.tiny)
+    whole, last = sweep(options.device, options.tiny)
     print(f"\nall input-to-layer Jacobians, 32 layers of 256: {whole / last:.2f} times the last one alone")
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_rmt.operators.curvature import Curvature, GaussNewton
 from torch_rmt.operators.dual import dual_counts
 from torch_rmt.operators.kernel import NeuralTangentKernel
-from torch_rmt.operators.memory import graph_bytes
+from torch_rmt.operators.memory import graph_bytes, is_out_of_memory
 from torch_rmt.operators.pure import PureModel
 
 
@@ -106,15 +106,28 @@ def cost(operator: Curvature | NeuralTangentKernel) -> Cost:
     leaves = tuple(p.detach().clone().requires_grad_() for p in pure.params)
     for index, inputs in enumerate(batches):
         with pure.guarded():
-            with FlopCounterMode(display=False) as counter:
-                _backward(pure, leaves, inputs)
-            if index == 0:  # again, without the counter's own time
-                seconds = min(_timed(pure, leaves, inputs) for _ in range(2)) / max(1.0, counter.get_total_flops())
-        flops += counter.get_total_flops()
+            here = _flops(pure, leaves, inputs)
+            if index == 0:  # without the counter's own time
+                seconds = min(_timed(pure, leaves, inputs) for _ in range(2)) / max(1.0, here)
+        flops += here
     graphs = sum(graph_bytes(pure, inputs) for inputs in batches)
     ratio = _PRODUCT_OVER_GRADIENT if kept else _RECOMPUTED_OVER_GRADIENT
     moved = ratio * (graphs + 3 * pure.n_params * pure.dtype.itemsize)
     return Cost(ratio * flops, graphs if kept else 0, ratio * seconds * max(1.0, flops), moved)
+
+
+def _flops(pure: PureModel, leaves: tuple[Tensor, ...], inputs: Any) -> float:
+    """Flops of one gradient; three forward passes where the counter or `autograd.grad` is refused (checkpointing)."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            _backward(pure, leaves, inputs)
+        return float(counter.get_total_flops())
+    except RuntimeError as problem:
+        if is_out_of_memory(problem):
+            raise
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pure(leaves, inputs)
+    return 3.0 * float(counter.get_total_flops())
 
 
 def _timed(pure: PureModel, leaves: tuple[Tensor, ...], inputs: Any) -> float:
@@ -124,10 +137,17 @@ def _timed(pure: PureModel, leaves: tuple[Tensor, ...], inputs: Any) -> float:
 
 
 def _backward(pure: PureModel, leaves: tuple[Tensor, ...], inputs: Any) -> None:
-    output = pure(leaves, inputs)
-    found = torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
-    if found and found[0] is not None:
-        found[0].flatten()[:1].tolist()  # waits for the device
+    """One gradient by plain `backward()`, the least that a model must bear; waits for the device."""
+
+    def run() -> None:
+        output = pure(leaves, inputs)
+        if output.requires_grad:
+            torch.autograd.backward(output, torch.ones_like(output))
+        output.flatten()[:1].tolist()
+
+    pure.within(leaves, run)
+    for p in leaves:
+        p.grad = None
 
 
 def plan(
