@@ -165,20 +165,24 @@ class JacobianLaw(SpectralMeasure):
         t = np.interp(flat, values, knots)
         low = knots[np.clip(np.searchsorted(values, flat, side="left") - 1, 0, len(knots) - 1)]
         high = knots[np.clip(np.searchsorted(values, flat, side="left"), 0, len(knots) - 1)]
+        active = np.flatnonzero(high > low)
         for _ in range(40):
-            w, u = self.solver.solve(t)
+            here = t[active]
+            w, u = self.solver.solve(here)
             with np.errstate(all="ignore"):
-                value = 1.0 - self.solver.potential(t + 0j, w, u).imag / np.pi
-                gap = value - flat
+                gap = 1.0 - self.solver.potential(here + 0j, w, u).imag / np.pi - flat[active]
                 slope = -u.imag / np.pi
-                low, high = np.where(gap < 0, t, low), np.where(gap >= 0, t, high)
-                new = t - gap / slope
-            inside = (new > low) & (new < high)
-            new = np.where(inside, new, (low + high) / 2)
-            new = np.where(np.isnan(u), t, new)
-            if (np.abs(new - t) <= 1e-13 * np.maximum(1.0, np.abs(t))).all():
+                low[active] = np.where(gap < 0, here, low[active])
+                high[active] = np.where(gap >= 0, here, high[active])
+                new = here - gap / slope
+            inside = (new > low[active]) & (new < high[active])
+            # What rounding leaves of the gap is no reason to go on.
+            done = np.isnan(u) | (np.abs(new - here) <= 1e-12 * np.maximum(1.0, np.abs(here))) | (np.abs(gap) < 4e-15)
+            kept = np.where(done, here, (low[active] + high[active]) / 2)
+            t[active] = np.where(np.isnan(u), here, np.where(inside, new, kept))
+            active = active[~done]
+            if not len(active):
                 break
-            t = new
         # Below the table lambda underflows.
         below, result = 0.0, np.where(flat < values[0] - 1e-12, -np.inf, t)
         for location, mass in self.log_atoms:
