@@ -17,6 +17,7 @@ from torch_rmt.measures.half_plane import Numbers, fold, unfold
 from torch_rmt.measures.numeric import contour_moments, quantiles
 from torch_rmt.measures.subordination import Subordination, in_bulk, solve
 
+_ROUNDING = 1e-14  # of G
 _FLOOR = 1e-120  # of the hull: the smallest point at which a product is asked for
 
 
@@ -123,7 +124,8 @@ class FreeConvolution(SpectralMeasure):
             g, slope = self._transform(z, solution)
             total = 1.0 - self._potential(z, solution).imag / np.pi
         bulk = in_bulk(self.geometry, solution.coordinates)
-        density = np.where(bulk, np.maximum(-g.imag / np.pi, 0.0), 0.0)
+        bulk &= -g.imag > _ROUNDING * np.abs(g)  # close to an atom G is real but for rounding
+        density = np.where(bulk, -g.imag / np.pi, 0.0)
         slope = np.where(bulk, -slope.imag / np.pi, 0.0)
         low, high = self.hull
         total = np.where(x < low, 0.0, np.where(x >= high, 1.0, np.clip(total, 0.0, 1.0)))

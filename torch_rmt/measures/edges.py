@@ -14,6 +14,7 @@ from torch_rmt.measures.subordination import in_bulk
 _SMALL = 1e-6  # mass of an interval below which its inside is not looked at further
 _COARSE = 0.02  # largest mass of an interval of the mesh
 _ROUNDS, _LIMIT = 80, 20000  # of refinement; points
+_HIDDEN = 1e-5  # of the hull, from an atom
 _ATTEMPTS = (0, 1, 2, 4, 7)  # rounds at whose start an edge is solved for; a hard or thin one never yields
 _SECTIONS = 16  # pieces into which an edge's bracket is cut in one round
 
@@ -86,8 +87,19 @@ def _first_points(measure: Convolved) -> Float[np.ndarray, " n"]:
             x = np.concatenate([x, -x])
     for location, _ in measure.atoms():  # an atom is no point of the mesh: its two sides are
         gap = 1e-9 * abs(location) + (0.0 if log else 1e-12 * (high - low))
-        x = np.concatenate([x[np.abs(x - location) > gap], [location - gap, location + gap]])
+        beside = 2.0 * _blur(measure, location)
+        sides = [location - beside, location - gap, location + gap, location + beside]
+        x = np.concatenate([x[np.abs(x - location) > gap], sides])
     return np.unique(x[(x != 0) & (x >= low) & (x <= high)] if log else x)
+
+
+def _blur(measure: Convolved, location: float) -> float:
+    """Distance from an atom below which rounding hides whether the density is positive: G is real to its last digits.
+
+    None in logarithms beside 0.
+    """
+    low, high = measure.hull
+    return _HIDDEN * (abs(location) if isinstance(measure.geometry, LogGeometry) else high - low)
 
 
 def build_mesh(measure: Convolved) -> Points:
@@ -120,6 +132,10 @@ def build_mesh(measure: Convolved) -> Points:
 def find_support(measure: Convolved, mesh: Points) -> tuple[tuple[float, float], ...]:
     """Intervals of the continuous part of a free convolution, edges to rounding."""
     bulk = in_bulk(measure.geometry, mesh.coordinates)
+    for location, _ in measure.atoms():  # what is hidden by an atom is as its surroundings
+        first, middle, last = np.searchsorted(mesh.x, location + _blur(measure, location) * np.array([-1.0, 0.0, 1.0]))
+        bulk[first:middle] = first > 0 and bulk[first - 1]
+        bulk[middle:last] = last < mesh.x.size and bulk[last]
     change = np.flatnonzero(bulk[1:] != bulk[:-1])
     edges = _find_edges(measure, mesh, mesh.x[change], mesh.x[change + 1], bulk[change]).tolist()
     if bulk.any() and bulk[0]:

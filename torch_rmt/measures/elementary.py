@@ -111,10 +111,10 @@ class QuarterCircle(SpectralMeasure):
         with np.errstate(all="ignore"):
             root = two_cut_root(points, -r, r)
             ratio = r / root
-            # beside the axis within the radius arctan(r / s) has its cut; arctan(s / r) has none
+            # within the radius arctan(r / s) is beside its cut; arctan(s / r) is not
             side = np.where(points.real >= 0, 1.0, -1.0)
             turned = side * 0.5 * pi + 1j * np.log(side * points / (r - 1j * root))
-            angle = np.where(np.abs(ratio) > 1, turned, np.arctan(ratio))
+            angle = np.where(np.abs(ratio) > 0.8, turned, np.arctan(ratio))
             square = ratio * ratio
             series = -square * np.polynomial.polynomial.polyval(-square, -1.0 / (2 * np.arange(_SERIES) + 3.0))
             defect = np.where(np.abs(ratio) < 0.4, series, 1 - angle / ratio)

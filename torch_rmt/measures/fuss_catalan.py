@@ -161,7 +161,7 @@ class FussCatalan(SpectralMeasure):
         return np.asarray(result.reshape(z.shape))
 
     def _off_axis(self, z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
-        """Newton from the nearest of known solutions; log z is univalent where `_is_physical`, so nothing is guessed."""
+        """Newton from the nearest known solution; log z is univalent where `_is_physical`, so nothing is guessed."""
         log_z = np.log(z)
         known, kappas = self._known
         near = known.query(np.stack([log_z.real, log_z.imag], axis=1))[1]
@@ -172,7 +172,9 @@ class FussCatalan(SpectralMeasure):
         root = np.sqrt(2 * (log_z - self._log_edge) / (s * (s + 1)))
         start = np.where(np.abs(root) < 0.5 * min(1.0, turn), turn - root, self._moved(kappas[near], ahead))
         kappa, error = self._newton(start, log_z, 8)
-        lost = ~((error < 1e-13) & self._is_physical(kappa))
+        tip = np.abs(root) < 1e-8 * min(1.0, turn)  # where Newton's rule divides by 0
+        kappa[tip] = (turn - root)[tip]
+        lost = ~(tip | ((error < 1e-13) & self._is_physical(kappa)))
         if lost.any():  # the other solution of the pair that meets at the edge
             again, error = self._newton(2 * turn - kappa[lost], log_z[lost], 12)
             found = (error < 1e-13) & self._is_physical(again)

@@ -45,7 +45,7 @@ class Factor:
         """Moments m_1, m_2, ... in units of the radius."""
         r = self.radius
         if abs(np.log10(r)) * _TERMS < 290:
-            return self.law.moments(_TERMS) / r ** np.arange(1, _TERMS + 1)
+            return np.asarray(self.law.moments(_TERMS) / r ** np.arange(1, _TERMS + 1))
         return contour_moments(self.law, _TERMS, self.law.bounds(), r)
 
     def shift(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,6 +110,19 @@ class Geometry:
     def coordinate(self, z: np.ndarray) -> np.ndarray:
         """The point itself."""
         return z
+
+    def abscissa(self, x: np.ndarray) -> np.ndarray:
+        """A coordinate of points of the axis in which solutions are smooth."""
+        return x
+
+    def pace(self, x: np.ndarray) -> np.ndarray | float:
+        """Derivative of the coordinate by the abscissa."""
+        return 1.0
+
+    @property
+    def start(self) -> float:
+        """Height above the axis, in units of the scale, at which Newton finds the solution from the point itself."""
+        return 4.0
 
     def point(self, w: np.ndarray) -> np.ndarray:
         """The point itself."""
@@ -180,6 +193,21 @@ class LogGeometry(Geometry):
         """Logarithm."""
         with np.errstate(all="ignore"):
             return np.asarray(np.log(z))
+
+    def abscissa(self, x: np.ndarray) -> np.ndarray:
+        """Logarithm of the modulus, increasing with x."""
+        least = np.log(np.finfo(float).tiny)
+        with np.errstate(all="ignore"):
+            return np.asarray(np.sign(x) * (np.log(np.abs(x)) - least))
+
+    def pace(self, x: np.ndarray) -> np.ndarray | float:
+        """Derivative of the coordinate by the abscissa."""
+        return np.asarray(np.sign(x))
+
+    @property
+    def start(self) -> float:
+        """As for sums; the scale may be far below the spread of the logarithm."""
+        return 50.0
 
     def point(self, w: np.ndarray) -> np.ndarray:
         """Exponential; exactly real for coordinates that are."""

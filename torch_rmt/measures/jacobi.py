@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from math import sqrt
 
 import numpy as np
@@ -12,7 +13,20 @@ from torch_rmt.measures.classical import positive
 from torch_rmt.measures.half_plane import Numbers, fold, two_cut_root, unfold
 
 
-class KestenMcKay(SpectralMeasure):
+class _OneInterval(SpectralMeasure):
+    """A law whose G is a rational function of z and of the root of (z - low)(z - high)."""
+
+    @abstractmethod
+    def _parts(self, z: Complex[np.ndarray, "..."]) -> tuple[np.ndarray, np.ndarray]:
+        """G and the root in the closed upper half-plane."""
+
+    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
+        """G(z), see `_parts`."""
+        points, below = fold(z)
+        return unfold(self._parts(points)[0], below)
+
+
+class KestenMcKay(_OneInterval):
     """Spectrum of the infinite tree of degree d >= 2: a free sum of d signs; density on |x| < 2 sqrt(d - 1).
 
     rho = d sqrt(4 (d - 1) - x^2) / (2 pi (d^2 - x^2)). Source: Kesten 1959, McKay 1981.
@@ -32,15 +46,11 @@ class KestenMcKay(SpectralMeasure):
         return f"KestenMcKay({self.degree:g})"
 
     def _parts(self, z: Complex[np.ndarray, "..."]) -> tuple[np.ndarray, np.ndarray]:
+        """G(z) = 2 (d - 1) / ((d - 2) z + d sqrt(z^2 - 4 (d - 1)))."""
         root = two_cut_root(z, *self.support()[0])
         with np.errstate(all="ignore"):
             g = 2 * (self.degree - 1) / ((self.degree - 2) * z + self.degree * root)
         return np.asarray(g), root
-
-    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
-        """G(z) = 2 (d - 1) / ((d - 2) z + d sqrt(z^2 - 4 (d - 1)))."""
-        points, below = fold(z)
-        return unfold(self._parts(points)[0], below)
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z), from the formula for G."""
@@ -73,7 +83,7 @@ class KestenMcKay(SpectralMeasure):
         return self.degree
 
 
-class Wachter(SpectralMeasure):
+class Wachter(_OneInterval):
     """Corner of a projection: the law of P Q P in the range of P, for free projections of rank `rank` and `corner`.
 
     For Wishart matrices A, B of dimension p with n_A, n_B samples it is the law of (A + B)^(-1/2) A (A + B)^(-1/2),
@@ -101,6 +111,7 @@ class Wachter(SpectralMeasure):
         return self.rank
 
     def _parts(self, z: Complex[np.ndarray, "..."]) -> tuple[np.ndarray, np.ndarray]:
+        """G(z) = 2 (1 - b) / (s - (2 b - 1) z - a + b), s = sqrt((z - low)(z - high))."""
         a, b = self.rank, self.corner
         root = two_cut_root(z, *self.support()[0])
         linear = (2 * b - 1) * z + a - b
@@ -108,11 +119,6 @@ class Wachter(SpectralMeasure):
         with np.errstate(all="ignore"):
             g = np.where(np.abs(minus) >= np.abs(plus), 2 * (1 - b) / minus, plus / (2 * b * z * (z - 1)))
         return np.asarray(g), root
-
-    def stieltjes(self, z: Numbers) -> Complex[np.ndarray, "..."]:
-        """G(z) = 2 (1 - b) / (s - (2 b - 1) z - a + b), s = sqrt((z - low)(z - high))."""
-        points, below = fold(z)
-        return unfold(self._parts(points)[0], below)
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -b G^2 F', F' = (2 z - 1 - (2 b - 1) F) / s."""

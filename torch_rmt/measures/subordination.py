@@ -11,6 +11,7 @@ from torch_rmt.measures.geometry import Geometry, LogGeometry
 
 _TOLERANCE = 1e-12  # largest residual of a solution that is handed out
 _INTERIOR = 1e-11  # imaginary part (relative) from which a solution counts as interior, hence unique
+_MUTE = 1e5  # radii from where a coordinate says nothing about its imaginary part
 _STALLED = 1e-9  # relative size of Newton steps that are taken for rounding once they shrink no more
 _COARSE = 16  # every so manieth point is solved by continuation, the others start from their neighbours
 
@@ -110,8 +111,11 @@ def _newton(
     return w, size, quiet
 
 
-def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
-    """Backward error (of the coordinates and of the point, relative), h' and the common weight at a solution."""
+_Fields = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | float]
+
+
+def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> _Fields:
+    """Backward error (of the coordinates and of the point, relative), h, h' and the common weight at a solution."""
     h, dh = geometry.fields(w)
     rho, c = geometry.residual(zeta, w, h)
     unit = geometry.length(w)
@@ -119,16 +123,19 @@ def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.n
     own = unit + np.abs(zeta)
     terms = own + share[::-1] if _is_pair(geometry) else own + share + (geometry.counts * share).sum(axis=0)
     with np.errstate(all="ignore"):
-        return np.max(np.abs(rho) / terms, axis=0), dh, c
+        return np.max(np.abs(rho) / terms, axis=0), h, dh, c
 
 
 def _is_real(geometry: Geometry, w: np.ndarray) -> Bool[np.ndarray, "k n"]:
     """Whether coordinates stand for real points: for products also in the middle of a strip of width 2 pi.
 
-    A coordinate far outside its law comes from a G near 0, which magnifies rounding by the same factor once more.
+    A coordinate far outside its law comes from a G near 0, which magnifies rounding by the same factor once more; where
+    it is all rounding the others speak for it.
     """
     turn = np.abs(np.sin(w.imag)) if isinstance(geometry, LogGeometry) else np.abs(w.imag) / geometry.length(w)
-    return np.asarray(turn <= _INTERIOR * np.maximum(1.0, geometry.distance(w)))
+    distance = geometry.distance(w)
+    mute = (distance > _MUTE) & (distance > 10.0 * distance.min(axis=0))
+    return np.asarray((turn <= _INTERIOR * np.maximum(1.0, distance)) | mute)
 
 
 def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarray, " n"]:
@@ -138,7 +145,7 @@ def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarra
 
 def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
     """Decide which candidate solutions at their final points are the right ones; make the real ones exactly real."""
-    residual, _, _ = _residual(geometry, zeta, w)
+    residual = _residual(geometry, zeta, w)[0]
     good = residual < _TOLERANCE
     unit = geometry.length(w)
     axis = zeta.imag == 0
@@ -162,7 +169,7 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
         accepted[rest[fine]] = True
         # in an exponentially thin tail the solution is interior, but nearer to the axis than rounding
         thin = rest[~fine & good[rest]]
-        _, dh, c = _residual(geometry, zeta[thin], w[:, thin])
+        _, _, dh, c = _residual(geometry, zeta[thin], w[:, thin])
         accepted[thin] = _stable(geometry, zeta[thin], w[:, thin], dh, c)
     return w, accepted
 
@@ -184,7 +191,7 @@ def _real_solution(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple
         unit = geometry.length(w)
         step = np.where(np.isfinite(step) & (np.abs(step) < 0.1 * unit), step, 0.0)
         w = snap(w + step)
-    residual, dh, c = _residual(geometry, zeta, w)
+    residual, _, dh, c = _residual(geometry, zeta, w)
     return w, (residual < _TOLERANCE) & _stable(geometry, zeta, w, dh, c)
 
 
@@ -215,16 +222,16 @@ def _stable(
 def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
     """Continuation from far above each point straight down to it."""
     scale = geometry.scale
-    height = np.maximum(50.0 * scale, z.imag)
+    height = np.maximum(geometry.start * scale, z.imag)
     current = z.real + 1j * height
     zeta = np.asarray(geometry.coordinate(current))
     w = np.broadcast_to(zeta, (len(geometry.factors), z.size)).copy()
     for _ in range(4):
         w = w - geometry.residual(zeta, w, geometry.fields(w)[0])[0]
     w, _, _ = _newton(geometry, zeta, w, 30, 1e-10)
-    ratio = np.full(z.shape, 0.25)
+    ratio = np.full(z.shape, 0.05)
     log = isinstance(geometry, LogGeometry)
-    jump = 0.02 * (np.abs(z) if log else np.full(z.shape, scale)) + 1e-290
+    jump = 0.05 * (np.abs(z) if log else np.full(z.shape, scale)) + 1e-290
     done, lost = np.zeros(z.shape, dtype=bool), np.zeros(z.shape, dtype=bool)
     result = w.copy()
     for _ in range(400):
@@ -265,35 +272,48 @@ def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarr
     return result, done
 
 
+def _interpolated(geometry: Geometry, at: np.ndarray, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Cubic through the neighbours' coordinates and tangents; straight where a tangent is steep, as at an edge."""
+    right = np.clip(np.searchsorted(x, at), 1, x.size - 1)
+    used, index = np.unique(np.concatenate([right - 1, right]), return_inverse=True)
+    place, known = geometry.abscissa(x[used]), w[:, used]
+    h, dh = geometry.fields(known)
+    with np.errstate(all="ignore"):
+        c = geometry.residual(np.asarray(geometry.coordinate(x[used].astype(complex))), known, h)[1]
+        tangent = _tangent(geometry, dh, c) * geometry.pace(x[used])
+    first, last = index[: at.size], index[at.size :]
+    width = place[last] - place[first]
+    share = np.clip((geometry.abscissa(at) - place[first]) / np.where(width > 0, width, 1.0), 0.0, 1.0)
+    low, high = known[:, first], known[:, last]
+    change = high - low
+    bend_low, bend_high = tangent[:, first] * width - change, tangent[:, last] * width - change
+    gentle = np.maximum(np.abs(bend_low), np.abs(bend_high)) < 2.0 * np.abs(change) + 0.1 * geometry.length(low)
+    bend = share * (1.0 - share) * ((1.0 - share) * bend_low - share * bend_high)
+    return np.asarray(low + share * change + np.where(gentle, bend, 0.0))
+
+
 def _from_neighbours(
     geometry: Geometry, z: np.ndarray, x: np.ndarray, w: np.ndarray
 ) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
     """Newton from interpolated solutions at neighbours on the axis; a wrong guess is found out, never believed."""
-    guess = np.empty((w.shape[0], z.size), dtype=complex)
-    for i in range(w.shape[0]):
-        guess[i].real = np.interp(z.real, x, w[i].real)
-        guess[i].imag = np.interp(z.real, x, w[i].imag)
+    guess = _interpolated(geometry, z.real, x, w)
     zeta = np.asarray(geometry.coordinate(z))
-    near, _, _ = _newton(geometry, zeta, guess, 12, 1e-14)
+    near, _, _ = _newton(geometry, zeta, guess, 24, 1e-14)
     return _settle(geometry, zeta, near)
 
 
 def _solve_axis(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Many points of the axis: some by continuation, the rest from their neighbours, in rounds of halved distance."""
+    """Many points of the axis: some by continuation, the rest from their neighbours."""
     order = np.argsort(z.real)
     sorted_z = z[order]
     w = np.empty((len(geometry.factors), z.size), dtype=complex)
     done = np.zeros(z.shape, dtype=bool)
     anchors = np.unique(np.append(np.arange(0, z.size, _COARSE), z.size - 1))
     w[:, anchors], done[anchors] = _descend(geometry, sorted_z[anchors])
-    stride = _COARSE
-    while stride > 1:
-        stride //= 2
-        fresh = np.arange(stride, z.size, 2 * stride)
-        fresh = fresh[~done[fresh]]
-        known = np.flatnonzero(done)
+    for _ in range(2):  # those beside an edge get nearer neighbours in the second round
+        fresh, known = np.flatnonzero(~done), np.flatnonzero(done)
         if not fresh.size or known.size < 2:
-            continue
+            break
         near, right = _from_neighbours(geometry, sorted_z[fresh], sorted_z.real[known], w[:, known])
         w[:, fresh[right]] = near[:, right]
         done[fresh[right]] = True
@@ -353,8 +373,7 @@ def solve(
             "merge nodes that nearly coincide, or ask at a point further from an edge of the support"
         )
     zeta = np.asarray(geometry.coordinate(z))
-    residual, dh, c = _residual(geometry, zeta, w)
-    h, _ = geometry.fields(w)
+    residual, h, dh, c = _residual(geometry, zeta, w)
     tangent = _tangent(geometry, dh, c)
     with np.errstate(all="ignore"):
         slope = 1.0 + (geometry.counts * dh * tangent).sum(axis=0)
