@@ -270,13 +270,13 @@ PREDICTIONS: dict[str, PredictionRow] = {
     "conjugate kernel, 3 layers": PredictionRow(KernelCase("tanh", (2.0, 3.0, 1.5, 2.5), 1.0, 1.5), constant=2.6),
     "conjugate kernel, deficient": PredictionRow(KernelCase("tanh", (1.0, 2.0, 0.5), 1.0, 1.2), constant=3.5),
     "tangent kernel": PredictionRow(
-        KernelCase("tanh", (2.0, 2.5, 3.0), 1.0, 1.3, tangent=True), seeds=16, rate=0.5, constant=1.0, same_law=False
+        KernelCase("tanh", (2.0, 2.5, 3.0), 1.0, 1.3, tangent=True), seeds=16, rate=0.5, constant=0.62, same_law=False
     ),
     "tangent kernel, 3 outputs": PredictionRow(
         KernelCase("tanh", (2.0, 2.5), 0.6, 1.3, tangent=True, outputs=3),
         seeds=12,
         rate=0.5,
-        constant=1.0,
+        constant=0.52,
         same_law=False,
     ),
     "hessian relu": PredictionRow(HessianCase(0.5, 0.4, "relu"), constant=1.2),
