@@ -285,6 +285,10 @@ def _pass(
             stack.callback(handle.remove)
         pure.raw(pure.params, inputs)
 
+    gradients: dict[str, list[Tensor]] = {name: [] for name in modules}
+    if not places:  # attention uses its projection's weight without calling it
+        return caught, gradients
+
     def shifted(*shifts: Tensor) -> Tensor:
         with ExitStack() as stack:
             for place, shift in zip(places, shifts, strict=True):
@@ -299,7 +303,6 @@ def _pass(
     )
     products, _ = climb(f, FIRST_ORDER, pure.module, ("dual", tuple(map(str, places)), tuple(t for _, t in pure.modes)))
     pulled = products.pull((factors,))
-    gradients: dict[str, list[Tensor]] = {name: [] for name in modules}
     for place, g in zip(places, pulled, strict=True):
         gradients[place.name].append(g)
     return caught, gradients

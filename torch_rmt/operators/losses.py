@@ -69,47 +69,75 @@ def _hessian_by_autograd(loss: Loss, output: Tensor, targets: Any) -> Callable[[
 
 
 def output_curvature(loss: Loss, output: Tensor, targets: Any) -> OutputCurvature:
-    """Find the form of `d^2 loss / d output^2` at `output` (to be called with gradients enabled)."""
-    reference = _hessian_by_autograd(loss, output, targets)
+    """Find the form of `d^2 loss / d output^2` at `output` (to be called with gradients enabled).
+
+    In float64 where the loss takes it: in float32 the curvature of a network that is sure of its classes is rounding.
+    """
+    wide = _wide(loss, output, targets)
     generator = torch.Generator(device=output.device).manual_seed(2)
-    probe = torch.randn((2, *output.shape), generator=generator, dtype=output.dtype, device=output.device)
+    probe = torch.randn((2, *output.shape), generator=generator, dtype=wide.dtype, device=output.device)
     probe = probe.sign() * (0.5 + probe.abs())
-    image = reference(probe)
-    tolerance = 1e-9 if output.dtype == torch.float64 else 1e-4
+    image = _hessian_by_autograd(loss, wide, targets)(probe)
+    tolerance = 1e-6 if wide.dtype == torch.float64 else 1e-4
 
-    def fits(form: Callable[[Tensor], Tensor]) -> bool:
-        return float((form(probe[1:]) - image[1:]).norm()) <= tolerance * float(image[1:].norm())
+    def fits(form: Tensor) -> bool:
+        return float((form - image[1:]).norm()) <= tolerance * float(image[1:].norm())
 
-    d = image[0] / probe[0]
-    if fits(lambda u: d * u):
+    slopes = image[0] / probe[0]
+    if fits(slopes * probe[1:]):
+        d = slopes.to(output.dtype)
         draw = _elementwise_draw(loss, output, targets, d)
         square_root = None if bool((d < 0).any()) else d.sqrt()
         root = None if square_root is None else lambda u: square_root * u
         return OutputCurvature("elementwise", lambda u: d * u, draw, root)
     for dim in sorted({1, output.ndim - 1}) if output.ndim > 1 else (0,):
-        p = output.softmax(dim)
-
-        def base(u: Tensor, p: Tensor = p, dim: int = dim) -> Tensor:
-            pu = p * u
-            return pu - p * pu.sum(dim + 1, keepdim=True)
-
-        b = base(probe[:1])[0]
+        p = wide.softmax(dim)
+        b = _softmax_base(p, probe[:1], dim)[0]
         size = (b * b).sum(dim, keepdim=True)
-        s = torch.where(size > 0, (image[0] * b).sum(dim, keepdim=True) / size.clamp_min(1e-38), 0.0)
+        s = torch.where(size > 0, (image[0] * b).sum(dim, keepdim=True) / size.clamp_min(1e-300), 0.0)
+        if fits(s * _softmax_base(p, probe[1:], dim)):
+            rounding = s.abs() * size.sqrt() <= tolerance * float(image[0].norm())
+            s = torch.where(rounding, s.clamp_min(0.0), s)
+            return _softmax_curvature(p.to(output.dtype), s.to(output.dtype), dim)
+    return OutputCurvature("general", _hessian_by_autograd(loss, output, targets), None, None)
 
-        def form(u: Tensor, s: Tensor = s, base: Callable[[Tensor], Tensor] = base) -> Tensor:
-            return s * base(u)
 
-        if fits(form):
-            if bool((s < 0).any()):
-                return OutputCurvature("softmax", form, None, None)
+def _wide(loss: Loss, output: Tensor, targets: Any) -> Tensor:
+    """The output in float64, or as it is for a loss that wants its own type (class weights in float32)."""
+    wide = output.detach().double()
+    try:
+        _hessian_by_autograd(loss, wide, targets)
+    except RuntimeError:
+        return output.detach()
+    return wide
 
-            def half(u: Tensor, p: Tensor = p, s: Tensor = s, dim: int = dim) -> Tensor:
-                ru = p.sqrt() * u
-                return s.sqrt() * (ru - p * ru.sum(dim + 1, keepdim=True))
 
-            return OutputCurvature("softmax", form, _categorical_draw(p, s, dim), half)
-    return OutputCurvature("general", reference, None, None)
+def _softmax_base(p: Tensor, u: Tensor, dim: int) -> Tensor:
+    """(diag p - p p^T) u, exact to rounding also where one p is nearly 1: u is measured from that class on."""
+    top = p.argmax(dim, keepdim=True).expand(u.shape[0], *p.shape[:dim], 1, *p.shape[dim + 1 :])
+    v = u - u.gather(dim + 1, top)
+    return p * (v - (p * v).sum(dim + 1, keepdim=True))
+
+
+def _softmax_curvature(p: Tensor, s: Tensor, dim: int) -> OutputCurvature:
+    def form(u: Tensor) -> Tensor:
+        return s * _softmax_base(p, u, dim)
+
+    if bool((s < 0).any()):
+        return OutputCurvature("softmax", form, None, None)
+    top = torch.zeros_like(p).scatter(dim, p.argmax(dim, keepdim=True), 1.0)
+    others = p * (1.0 - top)
+    left = others + top * others.sum(dim, keepdim=True)  # p, but 1 - p for the likeliest class, without cancellation
+
+    def half(u: Tensor) -> Tensor:
+        """(diag sqrt p - p sqrt p^T) u."""
+        ru = p.sqrt() * u
+        all_of_them = (ru * (1.0 - top)).sum(dim + 1, keepdim=True)
+        mine = (ru * top).sum(dim + 1, keepdim=True)
+        likeliest = ru * left - p * all_of_them
+        return s.sqrt() * (top * likeliest + (1.0 - top) * (ru - p * (all_of_them + mine)))
+
+    return OutputCurvature("softmax", form, _categorical_draw(p, s, dim), half)
 
 
 def _categorical_draw(p: Tensor, s: Tensor, dim: int) -> Callable[[torch.Generator], Tensor]:
@@ -132,7 +160,10 @@ def _elementwise_draw(
     generator = torch.Generator(device=output.device).manual_seed(3)
     noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
     elsewhere = output.detach() + noise * (1.0 + 3.0 * output.detach().std(correction=0))
-    moved = _hessian_by_autograd(loss, elsewhere, targets)(torch.ones_like(output).unsqueeze(0))[0]
+    try:
+        moved = _hessian_by_autograd(loss, elsewhere, targets)(torch.ones_like(output).unsqueeze(0))[0]
+    except (RuntimeError, ValueError):  # a loss of probabilities refuses numbers outside [0, 1]
+        return None
     tolerance = 1e-8 if output.dtype == torch.float64 else 1e-3
 
     def same(a: Tensor, b: Tensor) -> bool:

@@ -106,6 +106,11 @@ class PureModel:
             self.module = self.module.module
         self.names = select(self.module, params)
         tensors = dict(self.module.named_parameters())
+        if twofold := [n for n in self.names if tensors[n].is_complex()]:
+            raise TypeError(
+                f"parameter {twofold[0]!r} is complex, and curvature is over real numbers: keep it as a real tensor "
+                "and use torch.view_as_complex in forward, or name the real parameters (params=...)"
+            )
         floating = [p for p in tensors.values() if p.is_floating_point()]
         dtype = floating[0].dtype if floating else torch.get_default_dtype()
         for p in floating:
@@ -156,6 +161,8 @@ class PureModel:
         with undisturbed(self.module):
             for m, training in self.modes:
                 m.training = training
+                if getattr(m, "sparse", False) is True:
+                    m.sparse = False  # an embedding's sparse gradient has no second derivative; restored with the rest
             yield
 
     @contextmanager
