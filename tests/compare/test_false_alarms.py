@@ -79,3 +79,10 @@ def test_another_law_is_told_from_it_at_200_eigenvalues(name: str) -> None:
     draw, _, other = LAWS[name]
     found = reports(draw, other, 200, 6)
     assert [report.verdict for report in found if report.agrees is not False] == []
+
+
+def test_a_scale_off_by_its_own_noise_is_no_difference_of_shape_at_an_infinite_edge() -> None:
+    """At 1000 eigenvalues dividing by the fitted scale moved enough of the edge for an alarm (3.1 times the noise)."""
+    draw, law, _ = LAWS["infinite edges"]
+    (report,) = reports(draw, law, 1000, 1)
+    assert report.agrees, report.verdict
