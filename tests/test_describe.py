@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torch_rmt.describe import default_ends, describe, describe_between, from_torch
+from torch_rmt.describe import default_ends, describe, describe_between, from_torch, record
 from torch_rmt.measures import PointMass
 from torch_rmt.operators import Jacobian
-from torch_rmt.theory import as_activation
+from torch_rmt.theory import as_activation, jacobian_spectrum
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(7))
 
@@ -183,6 +183,37 @@ def test_cnn_layers_count_channels_times_positions() -> None:
     zero = describe(cnn("zeros"), x)
     assert any("zero padding" in text for text in zero.unknown)
     assert default_ends(net, x) == ("0", "2")
+
+
+@pytest.mark.parametrize(
+    ("conv", "shape"),
+    [
+        (nn.Conv2d(3, 5, 3, padding=1), (1, 3, 6, 7)),
+        (nn.Conv2d(4, 6, (3, 5), padding="same", dilation=2, groups=2), (1, 4, 9, 8)),
+        (nn.Conv1d(2, 3, 4, padding=2, stride=3), (1, 2, 11)),
+        (nn.Conv3d(1, 2, 3, padding=(1, 0, 2), stride=(1, 2, 2)), (1, 1, 4, 5, 6)),
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), (1, 2, 5, 5)),
+    ],
+    ids=["padded", "dilated and grouped", "strided", "three dimensions", "circular"],
+)
+def test_taps_on_zero_padding_are_counted(conv: nn.Module, shape: tuple[int, ...]) -> None:
+    """Against the matrix of the convolution with all weights one: its share of entries that are not zero."""
+    nn.init.ones_(conv.weight)
+    use = record(conv, torch.randn(shape)).weights[0]
+    jacobian = Jacobian(conv, torch.randn(shape))
+    dense = jacobian.matmat(torch.eye(jacobian.shape[1]))
+    assert use.kept == pytest.approx(float((dense != 0).sum()) / (dense.shape[0] * use.fan_in), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_zero_padding_is_in_the_mean_of_the_law(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(*[m for _ in range(4) for m in (nn.Conv2d(24, 24, 3, padding=1), nn.Tanh())])
+    x = torch.randn(1, 24, 5, 5)
+    law = jacobian_spectrum(describe_between(net, x, "0", "6")).measure
+    jacobian = Jacobian(net, x, "0", "6")
+    mean = float(jacobian.matmat(torch.eye(600)).double().square().sum()) / 600
+    assert mean == pytest.approx(law.mean, rel=0.2)  # without the share of taps: 2.4 times too large
 
 
 def test_delta_orthogonal_convolutions_are_orthogonal() -> None:

@@ -133,3 +133,39 @@ def test_bad_input_is_refused_with_advice() -> None:
         diagnose(net, (X, Y), lambda out, y: out.sum() * float("nan"), what=("hessian",))
     with pytest.raises(ValueError, match="nope"):
         jacobian_report(net, X, "nope", "2")
+
+
+class TokenModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 12)
+        self.mixer = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(self.norm(x + self.mixer(x.mT).mT))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_model_of_tokens_is_diagnosed_from_its_embedding_on(seed: int) -> None:
+    """Tied N(0, 1) embeddings make the logits so large that the softmax is sure: the curvature must not be rounding."""
+    torch.manual_seed(seed)
+    tokens = torch.randint(0, 11, (5, 6))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    found = diagnose(TokenModel(), (tokens, tokens.roll(-1, 1)), loss)
+    assert [report.name for report in found.reports] == ["jacobian", "hessian", "fisher"]
+    assert found["jacobian"].spectrum.dim == 72
+    assert "embedding" in found["jacobian"].verdict
+    values = found["fisher"].spectrum.eigenvalues
+    assert values.min() > -1e-6 * values.max()
+
+
+def test_a_loss_that_is_no_likelihood_gets_its_empirical_fisher_matrix() -> None:
+    found = diagnose(mlp(2, 8), (X[:, :8], torch.rand(24, 3)), functional.huber_loss, what=("fisher",))["fisher"]
+    assert "empirical Fisher" in found.verdict

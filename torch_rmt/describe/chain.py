@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,8 @@ def describe_between(module: nn.Module, example_input: Any, source: str | None, 
     """Describe the way from one module's output to another's; None is the network's input or output.
 
     As `describe` with ends, and strict for the whole network too: what is returned is the chain whose
-    Jacobian `operators.Jacobian(module, x, source, target)` measures.
+    Jacobian `operators.Jacobian(module, x, source, target)` measures. So sigma_w^2 of a convolution is times the share
+    of its taps that do not fall on zero padding: that is the mean of its squared singular values.
 
     Raises:
         ValueError: something on the way was not understood, or a name is wrong.
@@ -72,7 +74,8 @@ def describe_between(module: nn.Module, example_input: Any, source: str | None, 
 def default_ends(module: nn.Module, example_input: Any) -> tuple[str | None, str | None]:
     """Choose the Jacobian's ends: first and last pre-activation of the longest run of equally wide layers.
 
-    `(None, None)`, input to output, where no two layers of that kind follow each other.
+    `(None, None)`, input to output, where no two layers of that kind follow each other; the source is then the first
+    module with real numbers where the input itself has none (token numbers).
 
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> default_ends(net, torch.ones(1, 3))
@@ -92,11 +95,18 @@ def default_ends(module: nn.Module, example_input: Any) -> tuple[str | None, str
         best = max(best, (length[i], i), key=lambda pair: pair[0])
     run, last = best
     if run < 2:
-        return None, None
+        return _first_real(graph, named), None
     first = last
     for _ in range(run - 1):
         first = links[first].parent or 0
     return named[links[first].use.output], named[links[last].use.output]
+
+
+def _first_real(graph: ForwardGraph, named: dict[int, str]) -> str | None:
+    if graph.inputs[0] in graph.mean_square:
+        return None
+    real = [n for n in named if n in graph.mean_square and n != graph.output]
+    return named[min(real)] if real else None
 
 
 def _longest_chain(graph: ForwardGraph) -> Architecture:
@@ -145,6 +155,7 @@ def _chain_between(graph: ForwardGraph, start: int, end: int) -> Architecture | 
         layers.append(one)
     for use, _, following in way.links:
         layer = layer_of(graph, use, following, layers[-1].n_out if layers else width)
+        layer = replace(layer, sigma_w=layer.sigma_w * math.sqrt(use.kept))
         layers.append(layer if following is None else replace(layer, q=graph.mean_square.get(use.output)))
     if not layers:
         return "source and target are the same place"

@@ -58,6 +58,7 @@ class WeightUse:
         parameter, bias_parameter: their names in the model, "" if they are computed.
         input, output: numbers of the tensors before and after.
         groups: of a convolution.
+        kept: share of a convolution's taps that fall on the input and not on its zero padding.
         note: what a law for circular, unstrided maps does not cover, in words; "" if nothing.
     """
 
@@ -70,6 +71,7 @@ class WeightUse:
     input: int
     output: int
     groups: int = 1
+    kept: float = 1.0
     note: str = ""
 
     @property
@@ -172,12 +174,12 @@ class _Recorder(TorchFunctionMode):
         parameter = self.parameters.get(id(weight), "")
         module = self.stack[-1] if self.stack else call
         name = parameter.removesuffix(".weight").removesuffix("_weight") if parameter else module
-        notes = []
+        notes, kept = [], 1.0
         if call != "linear":
             if any(s != 1 for s in _tuple(given.get("stride", 1))):
                 notes.append("stride")
-            padding = given.get("padding", 0)
-            if padding == "same" or any(p != 0 for p in _tuple(padding) if not isinstance(p, str)):
+            kept = _kept_taps(data, weight, given)
+            if kept < 1.0:
                 notes.append("zero padding")
         return WeightUse(
             name=name,
@@ -189,8 +191,26 @@ class _Recorder(TorchFunctionMode):
             input=numbers[id(data)],
             output=-1,
             groups=int(given.get("groups", 1)),
+            kept=kept,
             note=" and ".join(notes),
         )
+
+
+def _kept_taps(data: Tensor, weight: Tensor, given: dict[str, Any]) -> float:
+    """Share of the taps of a convolution that fall inside its input, over all places of the output."""
+    dims = weight.ndim - 2
+    stride, dilation = (_each(given.get(name, 1), dims) for name in ("stride", "dilation"))
+    padding, kept = given.get("padding", 0), 1.0
+    for d in range(dims):
+        size, taps, reach = data.shape[d - dims], weight.shape[d + 2], dilation[d] * (weight.shape[d + 2] - 1)
+        before, total = (reach // 2, reach) if padding == "same" else (0, 0)
+        if not isinstance(padding, str):
+            before = _each(padding, dims)[d]
+            total = 2 * before
+        starts = range(-before, size + total - before - reach, stride[d])
+        inside = sum(0 <= start + dilation[d] * tap < size for start in starts for tap in range(taps))
+        kept *= inside / max(len(starts) * taps, 1)
+    return kept
 
 
 def record(
@@ -306,6 +326,11 @@ def _map(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, tuple | list):
         return type(tree)(_map(value, function) for value in tree)
     return tree
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    values = _tuple(value)
+    return values * dims if len(values) == 1 else values
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -72,11 +72,22 @@ def curvature_report(
     *,
     seed: int = 0,
 ) -> Report:
-    """Measure a Gauss-Newton or Fisher matrix, for which theory has no law in a general network."""
-    operator: LinearOperator = (GaussNewton if name == "gauss_newton" else Fisher)(model, loss, batch)
+    """Measure a Gauss-Newton or Fisher matrix, for which theory has no law in a general network.
+
+    The Fisher matrix of a loss that is no likelihood that we know is the empirical one, and the report says so.
+    """
     reason = "theory has its law for one hidden layer of equal widths and Gaussian data only"
-    facts = _top(operator, seed)
-    return compare(measure(operator, seed), None, name=name, facts=facts, reason=reason)
+    operator: LinearOperator
+    try:
+        operator = (GaussNewton if name == "gauss_newton" else Fisher)(model, loss, batch)
+        spectrum = measure(operator, seed)
+    except TypeError as error:
+        if name != "fisher" or "not recognised" not in str(error):
+            raise
+        operator = Fisher(model, loss, batch, kind="empirical")
+        spectrum = measure(operator, seed)
+        reason = "the loss is no likelihood that we know, so this is the empirical Fisher matrix"
+    return compare(spectrum, None, name=name, facts=_top(operator, seed), reason=reason)
 
 
 def _top(operator: LinearOperator, seed: int) -> dict[str, float]:
