@@ -68,6 +68,15 @@ def test_aligned_layers_are_told_though_each_keeps_its_spectrum(seed: int) -> No
     assert aligned.distance("kolmogorov").value > 4 * free.distance("kolmogorov").value
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_active_dropout_is_a_factor_with_its_law(seed: int) -> None:
+    torch.manual_seed(seed)
+    hidden = [m for _ in range(5) for m in (nn.Linear(128, 128), nn.Tanh(), nn.Dropout(0.1))]
+    report = freeness_report(nn.Sequential(*hidden, nn.Linear(128, 10)), torch.randn(1, 128))
+    assert report.agrees, report.verdict
+    assert sum(mass for x, mass in report.prediction.measure.atoms() if x == 0.0) == pytest.approx(0.1)
+
+
 def test_rectangular_factors_and_a_bottleneck_are_free_too() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(120, 160), nn.Tanh(), nn.Linear(160, 40), nn.Tanh(), nn.Linear(40, 200))

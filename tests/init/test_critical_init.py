@@ -267,6 +267,16 @@ def test_two_activations_in_one_network() -> None:
         assert signal.q == pytest.approx(layer.q, rel=0.4)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_behind_a_dropout_the_network_is_critical_with_it(activation: type[nn.Module], seed: int) -> None:
+    torch.manual_seed(seed)
+    hidden = [m for _ in range(20) for m in (nn.Linear(128, 128), activation(), nn.Dropout(0.2))]
+    net = nn.Sequential(*hidden, nn.Linear(128, 10))
+    report = critical_init_(net, torch.randn(64, 128))
+    assert report.chi_after == pytest.approx(1.0, abs=0.05)  # 1 / (1 - p) = 1.25 if the dropout were forgotten
+
+
 def test_state_is_left_as_it_was() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8)).train()
     net[3].eval()

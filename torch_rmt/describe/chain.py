@@ -123,15 +123,15 @@ def _longest_chain(graph: ForwardGraph) -> Architecture:
     while index is not None:
         path.insert(0, index)
         index = links[index].parent
-    activations = [links[i].activation for i in path[1:]]
+    following = [(links[i].activation, links[i].before.dropout) for i in path[1:]]
     ends_the_net = not tail.problems and tail.source == links[path[-1]].use.output
-    activations.append(last_activation if ends_the_net else None)
+    following.append((last_activation, tail.dropout) if ends_the_net else (None, 0.0))
     layers: list[Layer] = []
-    for i, activation in zip(path, activations, strict=True):
+    for i, (activation, dropout) in zip(path, following, strict=True):
         n_in = layers[-1].n_out if layers else None
         if n_in is None and not links[i].before.problems:
             n_in = graph.size(links[i].before.source)
-        layers.append(layer_of(graph, links[i].use, activation, n_in))
+        layers.append(replace(layer_of(graph, links[i].use, activation, n_in), dropout=dropout))
     first = links[path[0]]
     second_moment = graph.mean_square.get(first.use.input)
     unknown = [p for link in links for p in (*link.before.problems, *link.before.notes)]
@@ -150,12 +150,12 @@ def _chain_between(graph: ForwardGraph, start: int, end: int) -> Architecture | 
         return way
     width, second_moment = graph.size(start), graph.mean_square.get(start)
     layers: list[Layer] = []
-    if way.first is not None:
+    if way.first is not None or way.first_stretch.dropout > 0:
         one = Layer(width, width, way.first, 1.0, ensemble=PointMass(1.0), q=second_moment, name="source")
-        layers.append(one)
-    for use, _, following in way.links:
+        layers.append(replace(one, dropout=way.first_stretch.dropout))
+    for use, stretch, following in way.links:
         layer = layer_of(graph, use, following, layers[-1].n_out if layers else width)
-        layer = replace(layer, sigma_w=layer.sigma_w * math.sqrt(use.kept))
+        layer = replace(layer, sigma_w=layer.sigma_w * math.sqrt(use.kept), dropout=stretch.dropout)
         layers.append(layer if following is None else replace(layer, q=graph.mean_square.get(use.output)))
     if not layers:
         return "source and target are the same place"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -169,6 +169,6 @@ def activation_of(before: Stretch) -> tuple[Stretch, Activation | None]:
         try:
             _seen[key] = from_torch(before.function, "activation")
         except (ValueError, TypeError) as error:
-            return Stretch(before.source, None, (*before.problems, str(error)), before.notes), None
+            return replace(before, function=None, problems=(*before.problems, str(error)), dropout=0.0), None
     activation = _seen[key]
     return before, None if activation.name == "linear" else activation

@@ -27,10 +27,14 @@ class WeightPart:
 
 @dataclass(frozen=True)
 class SlopePart:
-    """A diagonal factor: `slopes` are phi'(h) at the entries h of one sample, in float64."""
+    """A diagonal factor: `slopes` are phi'(h) at the entries h of one sample, in float64.
+
+    `dropout` is the probability that an active dropout behind it drops an entry; the slopes are without it.
+    """
 
     name: str
     slopes: Tensor
+    dropout: float = 0.0
 
 
 class _Alone(nn.Module):
@@ -91,23 +95,24 @@ def parts_between(
         first, last = source or "the input", target or "the output"
         raise ValueError(f"the way from {first} to {last} was not understood: {way}")
     parts: list[WeightPart | SlopePart] = []
-    if way.first_stretch.function is not None:
+    if way.first_stretch.function is not None or way.first_stretch.dropout > 0:
         value = values.get(start, graph.tensors[start])
         if not torch.equal(value.flatten()[:1024], graph.samples[start]):
             raise ValueError(f"the output of {source or 'the input'} is overwritten in place; name another source")
-        parts.append(SlopePart(f"after {source or 'the input'}", _slopes(way.first_stretch, value)))
+        parts.append(_slopes(f"after {source or 'the input'}", way.first_stretch, value))
     for use, following, _ in way.links:
         example = torch.zeros(graph.shapes[use.input], dtype=use.weight.dtype, device=use.weight.device)
         alone = _Alone(graph.calls[use.output], graph, use)
         parts.append(WeightPart(use.name, example.numel(), graph.size(use.output), alone, example))
-        if following.function is not None:
-            parts.append(SlopePart(f"after {use.name}", _slopes(following, values[use.output])))
+        if following.function is not None or following.dropout > 0:
+            parts.append(_slopes(f"after {use.name}", following, values[use.output]))
     return tuple(parts)
 
 
-def _slopes(stretch: Stretch, value: Tensor) -> Tensor:
-    assert stretch.function is not None
+def _slopes(name: str, stretch: Stretch, value: Tensor) -> SlopePart:
+    h = value.detach().double().flatten().requires_grad_()
+    if stretch.function is None:
+        return SlopePart(name, torch.ones_like(h).detach(), stretch.dropout)
     with torch.enable_grad():
-        h = value.detach().double().flatten().requires_grad_()
         (slopes,) = torch.autograd.grad(stretch.function(h).sum(), h)
-    return slopes
+    return SlopePart(name, slopes, stretch.dropout)

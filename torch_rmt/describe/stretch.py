@@ -31,6 +31,7 @@ class Stretch:
         problems: why the stretch was not understood, one line each; empty when it was.
         notes: what was passed over, such as dropout.
         pooled: everything that was not understood is pooling, and `function` is the map before it.
+        dropout: probability that an entry is dropped behind the map; what drops otherwise is a note.
     """
 
     source: int
@@ -39,6 +40,7 @@ class Stretch:
     notes: tuple[str, ...] = ()
     pooled: bool = False
     sources: frozenset[int] = frozenset()
+    dropout: float = 0.0
 
     @property
     def joins(self) -> bool:
@@ -49,9 +51,13 @@ class Stretch:
 def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
     """Follow a tensor back to the nearest of `stops`, and say what was done on the way."""
     calls, sources = _walk_back(graph, end, stops)
-    notes = []
-    for call in calls:
-        if call.name in _DROPOUT and call.kwargs.get("training", True) and call.kwargs.get("p", 0.5) > 0:
+    notes, kept = [], 1.0
+    last = max((i for i, c in enumerate(calls) if c.name not in _KEEP | _MOVE | _DROPOUT), default=-1)
+    for i, call in enumerate(calls):
+        p = _dropped(call)
+        if p > 0 and call.name == "dropout" and i > last:
+            kept *= 1.0 - p
+        elif p > 0:
             notes.append(f"{call.where}: dropout is active and was taken as absent; model.eval() turns it off")
     if len(sources) != 1:
         join = next((c for c in calls if len(_sources_of(graph, c, stops)) > 1), calls[-1] if calls else None)
@@ -62,13 +68,13 @@ def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
     source = next(iter(sources))
     acting = [c for c in calls if c.name not in _KEEP | _MOVE | _DROPOUT]
     if not acting:
-        return Stretch(source, None, (), tuple(notes))
+        return Stretch(source, None, (), tuple(notes), dropout=1.0 - kept)
 
     def function(h: Tensor) -> Tensor:
         return _replay(graph, calls, source, end, h)
 
     if _is_elementwise(function) and _agrees(graph, calls, function, source, end):
-        return Stretch(source, function, (), tuple(notes))
+        return Stretch(source, function, (), tuple(notes), dropout=1.0 - kept)
     problems = tuple(dict.fromkeys(p for c in acting if (p := _problem(graph, c))))
     pools = [c for c in acting if "pool" in c.name]
     if pools and len(problems) == len({c.where for c in pools}):
@@ -78,6 +84,14 @@ def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
         if not inner.problems:
             return Stretch(inner.source, inner.function, problems, tuple(notes), pooled=True)
     return Stretch(source, None, problems or (f"{acting[0].where}: not elementwise",), tuple(notes))
+
+
+def _dropped(call: Call) -> float:
+    """Probability with which a call drops entries; zero for every other call and in eval mode."""
+    if call.name not in _DROPOUT:
+        return 0.0
+    given = dict(zip(("input", "p", "training"), call.args, strict=False)) | call.kwargs
+    return float(given.get("p", 0.5)) if given.get("training", True) else 0.0
 
 
 def _walk_back(graph: ForwardGraph, end: int, stops: set[int]) -> tuple[list[Call], set[int]]:

@@ -46,6 +46,9 @@ def freeness_report(
 def _spectrum(part: WeightPart | SlopePart, seed: int) -> Spectrum:
     if isinstance(part, WeightPart):
         return measure(Jacobian(part.module, part.example), seed)
-    squares = np.sort(part.slopes.cpu().numpy() ** 2)[None]
-    size = squares.shape[1]
-    return Spectrum(squares, np.full((1, size), 1 / size), size, matvecs=0, method="exact", symmetric=False)
+    keep = 1.0 - part.dropout
+    squares = np.sort(part.slopes.cpu().numpy() ** 2) / keep**2
+    weights = np.full(squares.size, keep / squares.size)
+    if part.dropout > 0:  # by its law, not by the mask of this one measurement
+        squares, weights = np.append(0.0, squares), np.append(part.dropout, weights)
+    return Spectrum(squares[None], weights[None], part.slopes.numel(), matvecs=0, method="exact", symmetric=False)

@@ -126,7 +126,8 @@ def critical_init_(
     and sigma_b^2 = q - sigma_w^2 E phi^2, so that q stays where it is. The first weight, and one behind a
     pooling layer, is scaled until the mean square of its output on `example_input` is the q aimed at,
     whatever the scale of the data. The last gets no bias. Convolutions are drawn delta-orthogonal: an
-    orthogonal matrix at the centre tap, zero elsewhere. Tied weights are drawn once. Frozen and computed
+    orthogonal matrix at the centre tap, zero elsewhere. Behind a dropout that is active sigma_w^2 is times 1 - p, so
+    that chi = 1 with it; call in the mode that you train in. Tied weights are drawn once. Frozen and computed
     weights, residual blocks and whatever was not understood are left alone and named in the report.
 
     Random numbers come from torch's global generator, as in torch.nn.init: call torch.manual_seed before.

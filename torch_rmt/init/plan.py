@@ -128,6 +128,8 @@ def _setting(link: Link, following: Activation | None, point: CriticalPoint | No
     else:
         slope = gaussian_expectation(lambda h: before.derivative(h) ** 2, q_before, before.kinks)
         value = gaussian_expectation(lambda h: before.value(h) ** 2, q_before, before.kinks)
+    keep = 1.0 - link.before.dropout  # what is kept is divided by keep, so its square by keep once more
+    slope, value = slope / keep, value / keep
     weight = 1.0 / slope
     if point is None or point.kind == "scale-invariant":
         return Setting(link, following, math.sqrt(weight), 0.0, weight * value)
