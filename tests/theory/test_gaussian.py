@@ -45,7 +45,7 @@ CLOSED = ["linear", "relu", leaky_relu(0.2), "abs", "erf", "scaled_erf", "gelu",
 
 
 @pytest.mark.parametrize("q", [1e-8, 1e-4, 0.02, 1.0, 30.0, 1e3])
-@pytest.mark.parametrize("activation", CLOSED, ids=str)
+@pytest.mark.parametrize("activation", CLOSED, ids=lambda a: getattr(a, "name", str(a)))
 def test_closed_moments_against_split_quadrature(activation: str | Activation, q: float) -> None:
     """Two derivations of every Gaussian moment that mean field uses."""
     phi = as_activation(activation)
@@ -72,7 +72,7 @@ def test_closed_moments_against_split_quadrature(activation: str | Activation, q
         assert closed.pair_slope(q, c) == pytest.approx(both_slopes, abs=1e-12 * slope)
 
 
-@pytest.mark.parametrize("activation", CLOSED, ids=str)
+@pytest.mark.parametrize("activation", CLOSED, ids=lambda a: getattr(a, "name", str(a)))
 def test_closed_pairs_are_correlation_functions(activation: str | Activation) -> None:
     """At c = 1 the square, at c = 0 the squared mean, d/dc the pair of slopes (Price); at c < 0 too."""
     closed = closed_moments(as_activation(activation))
