@@ -14,6 +14,7 @@ from torch_rmt.theory.expected_error import quadratic_error, quadratic_share, ri
 from torch_rmt.theory.gaussian import gaussian_expectation
 from torch_rmt.theory.gram import NonlinearMoments, nonlinear_moments
 from torch_rmt.theory.prediction import Prediction
+from torch_rmt.theory.sizes import checked_widths, whole_number
 
 _REFERENCE = "Fan and Wang 2020, Spectra of the conjugate kernel and neural tangent kernel"
 
@@ -118,8 +119,7 @@ def neural_tangent_spectrum(
     """
     phi = as_activation(activation)
     sizes = _sizes(widths, n_samples)
-    if n_outputs < 1:
-        raise ValueError(f"n_outputs must be at least 1, got {n_outputs}")
+    n_outputs = whole_number("n_outputs", n_outputs)
     base = _input_law(input_law, sizes, n_samples, sigma_x)
     levels = _levels(phi, sizes, sigma_w, sigma_x)
     depth = len(sizes) - 1
@@ -192,12 +192,8 @@ def _expected_error(
 
 
 def _sizes(widths: Sequence[int], n_samples: int) -> tuple[int, ...]:
-    sizes = tuple(int(n) for n in widths)
-    if len(sizes) < 2 or min(sizes) < 1 or n_samples < 1:
-        raise ValueError(
-            f"widths are (n_0, ..., n_L), at least two, each and n_samples at least 1; got {tuple(widths)}, {n_samples}"
-        )
-    return sizes
+    whole_number("n_samples", n_samples)
+    return checked_widths(widths)
 
 
 def _input_law(

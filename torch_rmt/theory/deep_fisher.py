@@ -14,6 +14,7 @@ from torch_rmt.theory.deep_fisher_law import DeepFisherLaw, FisherStep
 from torch_rmt.theory.expected_error import rigid_error, scale_error, shift_error
 from torch_rmt.theory.gaussian import gaussian_expectation, gaussian_rule
 from torch_rmt.theory.prediction import Prediction
+from torch_rmt.theory.sizes import checked_widths, whole_number
 from torch_rmt.theory.slope_law import slope_law
 
 
@@ -47,8 +48,7 @@ def deep_fisher_spectrum(
     >>> round(p.scalars["mean"], 12)                # every layer adds one
     3.0
     """
-    if depth < 2 or width < 1:
-        raise ValueError(f"depth must be at least 2 and width at least 1, got {depth}, {width}")
+    depth, width = whole_number("depth", depth, least=2), whole_number("width", width)
     if ensemble not in ("gaussian", "orthogonal"):
         raise ValueError(f'ensemble is "gaussian" or "orthogonal", got {ensemble!r}')
     _check(sigma_w, sigma_b, input_second_moment)
@@ -181,9 +181,7 @@ def deep_fisher_statistics(
     >>> round(s.diagonal, 9), round(s.off_diagonal, 9)
     (100.0, 0.0)
     """
-    sizes = tuple(int(n) for n in widths)
-    if len(sizes) < 2 or min(sizes) < 1 or n_samples < 1:
-        raise ValueError(f"widths need two entries or more, and all sizes be at least 1; got {sizes}, {n_samples}")
+    sizes, n_samples = checked_widths(widths), whole_number("n_samples", n_samples)
     if not -1.0 <= input_correlation <= 1.0:
         raise ValueError(f"a correlation lies in [-1, 1], got {input_correlation}")
     _check(sigma_w, sigma_b, input_second_moment)

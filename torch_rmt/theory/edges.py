@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 from scipy.special import airy
 
 from torch_rmt.measures.base import SpectralMeasure
+from torch_rmt.theory.sizes import whole_number
 
 _LOW, _HIGH = -12.0, 13.0  # beyond, F1 is below 1e-30 or above 1 - 1e-16
 _DEGREE = 90  # rounding error from 80 on, found by tuning; so too the 48 nodes below
@@ -192,6 +193,6 @@ def largest_eigenvalue_law(measure: SpectralMeasure, dim: int) -> LargestEigenva
     >>> round(law.kappa, 6), round(law.scale * 1000 ** (2 / 3), 6)
     (1.0, 1.0)
     """
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, got {dim}")
-    return LargestEigenvalue(edge=measure.support()[-1][1], kappa=edge_sharpness(measure), dim=dim)
+    dim = whole_number("dim", dim)
+    kappa = edge_sharpness(measure)
+    return LargestEigenvalue(edge=measure.support()[-1][1], kappa=kappa, dim=dim)

@@ -12,6 +12,7 @@ from torch_rmt.theory.activation import Activation, as_activation
 from torch_rmt.theory.coupled_width import Chain, LayerMoments, drawn, expand
 from torch_rmt.theory.gradient_norm import GradientNormLaw
 from torch_rmt.theory.layer_factor import LayerFactor, LogProductLaw
+from torch_rmt.theory.sizes import checked_widths, one_of, whole_number
 
 _REFERENCE = "Hanin and Nica 2018, Products of many large random matrices and gradients in deep neural networks"
 _NO_SPREAD = 1e-13  # a variance of rounding errors only
@@ -69,15 +70,15 @@ def gradient_norm_law(
     >>> 0.6 < gradient_norm_law([100] * 21, "relu", ensemble="orthogonal").variance < 0.65
     True
     """
-    sizes = tuple(int(n) for n in widths)
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"widths are (n_0, ..., n_L), at least two, each at least 1; got {tuple(widths)}")
+    sizes = checked_widths(widths)
     if not (np.isfinite(weight_kurtosis) and weight_kurtosis >= 1.0):
         raise ValueError(f"the kurtosis of a random variable is at least 1, got {weight_kurtosis}")
-    if ensemble not in ("gaussian", "orthogonal"):
-        raise ValueError(f'ensemble is "gaussian" or "orthogonal", got {ensemble!r}')
-    if draws < 0 or draws == 1:
-        raise ValueError(f"draws is 0 (by expansion) or a number of networks, at least 2; got {draws}")
+    one_of("ensemble", ensemble, ("gaussian", "orthogonal"))
+    draws = whole_number("draws, 0 (by expansion) or a number of networks,", draws, least=0)
+    if draws == 1:
+        raise ValueError("draws is 0 (by expansion) or a number of networks, at least 2; got 1")
+    if q is not None and not (np.isfinite(q) and q > 0.0):
+        raise ValueError(f"q is a mean square and must be positive and finite, got {q}")
     if weight_kurtosis != 3.0 and (ensemble == "orthogonal" or draws):
         raise ValueError("a kurtosis other than 3 goes with independent weights and no draws: leave it out")
     if not (np.isfinite(sigma_b) and sigma_b >= 0.0):
@@ -173,8 +174,6 @@ def _operating_point(
 ) -> tuple[float, float, float]:
     """sigma_w^2, the first pre-activation variance and sigma_b^2."""
     if q is not None:
-        if not (np.isfinite(q) and q > 0.0):
-            raise ValueError(f"q is a mean square and must be positive, got {q}")
         at = LayerMoments.at(phi, q)
         gain = 1.0 / at.slope2 if sigma_w is None else sigma_w**2
         bias = q - gain * at.value2

@@ -12,6 +12,7 @@ from torch_rmt.theory.fisher_law import FisherLaw
 from torch_rmt.theory.gaussian import gaussian_expectation
 from torch_rmt.theory.gram import nonlinear_moments
 from torch_rmt.theory.prediction import Prediction
+from torch_rmt.theory.sizes import whole_number
 
 
 def fisher_law(activation: object) -> FisherLaw:
@@ -77,8 +78,8 @@ def fisher_spectrum(activation: object, *, width: int | None = None) -> Predicti
     >>> round(fisher_spectrum("linear").scalars["largest_eigenvalue"], 12)
     8.0
     """
-    if width is not None and width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+    if width is not None:
+        width = whole_number("width", width)
     phi = as_activation(activation)
     law = fisher_law(phi)
     mean = nonlinear_moments(phi, 1.0).mean

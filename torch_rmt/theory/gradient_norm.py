@@ -106,8 +106,8 @@ class GradientNormLaw:
 
     def factor_at_risk(self, one_in: float = 20.0) -> float:
         """The factor that the norm is off by in one network out of `one_in`."""
-        if not one_in > 1.0:
-            raise ValueError(f"one_in must exceed 1, got {one_in}")
+        if not (one_in > 1.0 and np.isfinite(one_in)):
+            raise ValueError(f"one_in must exceed 1 and be finite, got {one_in}")
         if self.variance == 0.0:
             return float(np.exp(0.5 * abs(self.mean - self.log_mean_field)))
         spread = abs(self.mean - self.log_mean_field) + 12.0 * float(np.sqrt(self.variance))

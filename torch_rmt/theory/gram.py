@@ -13,6 +13,7 @@ from torch_rmt.theory.gaussian import gaussian_expectation
 from torch_rmt.theory.gram_bias import GramBiasLaw
 from torch_rmt.theory.gram_law import SampleCovarianceLaw
 from torch_rmt.theory.prediction import Prediction
+from torch_rmt.theory.sizes import whole_number
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ def gram_law(eta: float, zeta: float, *, psi: float, phi: float) -> SampleCovari
     """
     if not 0.0 <= zeta <= eta:
         raise ValueError(f"an activation has 0 <= zeta <= eta, got eta {eta}, zeta {zeta}")
+    if not (np.isfinite(psi) and psi > 0.0):
+        raise ValueError(f"psi = n_in/n_out must be positive and finite, got {psi}")
+    if not (np.isfinite(phi) and phi > 0.0):
+        raise ValueError(f"phi = n_in/n_samples must be positive and finite, got {phi}")
     jumps = ((zeta / psi, psi),) if zeta > 0.0 else ()
     return SampleCovarianceLaw(ratio=phi / psi, drift=eta - zeta, jumps=jumps)
 
@@ -93,7 +98,8 @@ def gram_spectrum(
         "atom_at_zero" and, where there is one, "outlier".
 
     Raises:
-        ValueError: a size below one, a sigma that is not positive (sigma_b: negative), a constant activation.
+        ValueError: a size that is not a whole number of at least one, a sigma that is not positive (sigma_b: negative),
+            a constant activation.
 
     Source: Pennington and Worah 2017, section 3; with bias Piccolo and Schröder 2021, as row-profile equations.
 
@@ -101,9 +107,8 @@ def gram_spectrum(
     >>> round(prediction.measure.mean, 12) == round(0.5 - 0.5 / np.pi, 12)
     True
     """
-    for name, size in (("n_in", n_in), ("n_out", n_out), ("n_samples", n_samples)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    n_in, n_out = whole_number("n_in", n_in), whole_number("n_out", n_out)
+    n_samples = whole_number("n_samples", n_samples)
     for name, sigma in (("sigma_w", sigma_w), ("sigma_x", sigma_x)):
         if not (np.isfinite(sigma) and sigma > 0.0):
             raise ValueError(f"{name} must be positive and finite, got {sigma}")

@@ -11,6 +11,7 @@ from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.expected_error import rigid_error
 from torch_rmt.theory.free_levy import FreeLevy
 from torch_rmt.theory.prediction import Prediction
+from torch_rmt.theory.sizes import one_of, whole_number
 
 Residual = Literal["relu", "wigner"]
 
@@ -27,7 +28,7 @@ def residual_part(*, phi: float, energy: float, residual: Residual = "relu") -> 
     ReLU structure: R(z) = energy phi z / (2 - energy phi^2 z^2); the off-diagonal product of two Wisharts' factors has
     symmetric jumps +-phi sqrt(energy/2), each of rate 1/(2 phi). Wigner: R(z) = 2 energy z.
     """
-    _check(phi=phi, energy=energy, scale=1.0)
+    _check(phi=phi, energy=energy, scale=1.0, residual=residual)
     if energy == 0.0:
         raise ValueError("at energy 0 the residual part vanishes; the Hessian is gauss_newton_part")
     if residual == "wigner":
@@ -38,6 +39,7 @@ def residual_part(*, phi: float, energy: float, residual: Residual = "relu") -> 
 
 def hessian_law(*, phi: float, energy: float, scale: float = 1.0, residual: Residual = "relu") -> FreeLevy:
     """Law of H0 + H1, free: the R-transforms add, z = R0(G) + R1(G) + 1/G."""
+    _check(phi=phi, energy=energy, scale=scale, residual=residual)
     wishart = gauss_newton_part(phi=phi, scale=scale)
     if energy == 0.0:
         return wishart
@@ -56,7 +58,7 @@ def critical_energy(*, phi: float, scale: float = 1.0, residual: Residual = "rel
     >>> round(critical_energy(phi=1e-9, residual="wigner"), 6)        # H0 = identity, semicircle of radius 1
     0.125
     """
-    _check(phi=phi, energy=0.0, scale=scale)
+    _check(phi=phi, energy=0.0, scale=scale, residual=residual)
     if phi >= 1.0:
         return 0.0
     if residual == "wigner":
@@ -72,7 +74,7 @@ def critical_energy(*, phi: float, scale: float = 1.0, residual: Residual = "rel
 
 def critical_energy_numerical(*, phi: float, scale: float = 1.0, residual: Residual = "relu") -> float:
     """The same energy by bisection on the lower edge of the law: no formula, for comparison."""
-    _check(phi=phi, energy=0.0, scale=scale)
+    _check(phi=phi, energy=0.0, scale=scale, residual=residual)
     if phi >= 1.0:
         return 0.0
 
@@ -116,9 +118,9 @@ def hessian_spectrum(
     >>> hessian_spectrum(phi=0.25, energy=0.0).scalars["index"]
     0.0
     """
-    _check(phi=phi, energy=energy, scale=scale)
-    if dim is not None and dim < 1:
-        raise ValueError(f"dim is a number of parameters, at least 1, got {dim}")
+    _check(phi=phi, energy=energy, scale=scale, residual=residual)
+    if dim is not None:
+        dim = whole_number("dim, the number of parameters,", dim)
     law = hessian_law(phi=phi, energy=energy, scale=scale, residual=residual)
     low, high = law.bounds()
     return Prediction(
@@ -144,7 +146,8 @@ def hessian_spectrum(
     )
 
 
-def _check(*, phi: float, energy: float, scale: float) -> None:
+def _check(*, phi: float, energy: float, scale: float, residual: str = "relu") -> None:
+    one_of("residual", residual, ("relu", "wigner"))
     if not (np.isfinite(phi) and phi > 0.0):
         raise ValueError(f"phi = parameters/data must be positive and finite, got {phi}")
     if not (np.isfinite(scale) and scale > 0.0):

@@ -66,7 +66,7 @@ def spike_in_product(bulk: SpectralMeasure, noise: SpectralMeasure, spike: float
     >>> round(spike_in_product(PointMass(1.0), MarchenkoPastur(0.25), 3.0).position, 9)     # 3 (1 + 0.25/2)
     3.375
     """
-    if bulk.bounds()[0] < 0.0 or noise.bounds()[0] < 0.0 or spike <= 0.0:
+    if bulk.bounds()[0] < 0.0 or noise.bounds()[0] < 0.0 or not spike > 0.0:
         raise ValueError("a product needs positive parts: bulk, noise and spike must not be negative")
 
     def position(at: float) -> float:
@@ -90,6 +90,8 @@ def _follow(
     position: Callable[[float], float],
     overlap: Callable[[float, float, float], float],
 ) -> Spike:
+    if not np.isfinite(spike):
+        raise ValueError(f"the spike must be finite, got {spike}")
     low, high = bulk.bounds()
     if low <= spike <= high:
         raise ValueError(f"the spike {spike:g} lies within the bulk [{low:g}, {high:g}]: it cannot stand apart")

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 
 from torch_rmt.measures import Semicircle
+from torch_rmt.theory.sizes import whole_number
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class SphericalSpinGlass:
 
         Holds under assumptions that no real network meets; see `assumptions`.
         """
-        if depth < 3:
+        if whole_number("depth", depth) < 3:
             raise ValueError(f"a network of {depth} layers maps to a p = {depth} spin model; the theory needs p >= 3")
-        return cls(depth)
+        return cls(whole_number("depth", depth))
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -142,8 +143,7 @@ class SphericalSpinGlass:
         >>> [k for _, _, k in SphericalSpinGlass(3).bands(3)]
         [0, 1, 2]
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
+        count = whole_number("count", count)
         edges = [-self.band_edge(k) for k in range(count + 1)]
         return tuple((edges[k], edges[k + 1], k) for k in range(count))
 
