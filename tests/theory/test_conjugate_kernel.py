@@ -85,3 +85,18 @@ def test_bad_sizes(bad: dict[str, object]) -> None:
     settings = {"widths": (10, 10), "n_samples": 10} | bad
     with pytest.raises(ValueError, match=next(iter(bad))):
         conjugate_kernel_spectrum("tanh", **settings)
+
+
+def test_layers_of_an_even_activation_forget_what_came_before() -> None:
+    """No linear part: every layer is Marchenko-Pastur of its own, and the tangent kernel one more, shifted."""
+    widths, n = (120, 180, 120, 240), 60
+    for layer, prediction in enumerate(conjugate_kernel_spectrum("abs", widths=widths, n_samples=n), start=1):
+        expected = MarchenkoPastur(n / widths[layer], prediction.scalars["eta"])
+        x = np.linspace(*expected.bounds(), 41)
+        np.testing.assert_allclose(prediction.measure.bounds(), expected.bounds(), rtol=1e-6)
+        np.testing.assert_allclose(prediction.measure.cdf(x), expected.cdf(x), atol=1e-6)
+    tangent = neural_tangent_spectrum("abs", widths=widths, n_samples=n)
+    shift = tangent.scalars["shift"]
+    top = MarchenkoPastur(n / widths[-1], widths[-1] * prediction.scalars["eta"])
+    np.testing.assert_allclose(tangent.measure.bounds(), np.add(top.bounds(), shift), rtol=1e-6)
+    assert tangent.measure.mean == pytest.approx(shift + top.mean, rel=1e-12)

@@ -60,10 +60,8 @@ def conjugate_kernel_spectrum(
     levels = _levels(phi, sizes, sigma_w, sigma_x)
     predictions = []
     for depth in range(1, len(sizes)):
-        law = LayeredKernelLaw(
-            input_law=base,
-            layers=_layers(sizes[: depth + 1], levels, n_samples, sigma_x),
-            weights=(0.0,) * depth + (1.0,),
+        law = LayeredKernelLaw.of(
+            base, _layers(sizes[: depth + 1], levels, n_samples, sigma_x), (0.0,) * depth + (1.0,)
         )
         q, moments = levels[depth - 1]
         predictions.append(
@@ -136,12 +134,7 @@ def neural_tangent_spectrum(
         shift += sizes[layer - 1] * max(full - linear, 0.0) * below
     if shift <= 1e-12 * sum(weights):
         shift = 0.0
-    law = LayeredKernelLaw(
-        input_law=base,
-        layers=_layers(sizes, levels, n_samples, sigma_x),
-        weights=tuple(reversed(weights)),
-        shift=shift,
-    )
+    law = LayeredKernelLaw.of(base, _layers(sizes, levels, n_samples, sigma_x), tuple(reversed(weights)), shift)
     low, high = law.bounds()
     return Prediction(
         measure=law,

@@ -56,6 +56,21 @@ class LayeredKernelLaw(NewtonLaw):
         if self.input_law.bounds()[0] < 0.0:
             raise ValueError("the kernel of the inputs cannot have negative eigenvalues")
 
+    @classmethod
+    def of(
+        cls,
+        input_law: SpectralMeasure,
+        layers: tuple[KernelLayer, ...],
+        weights: tuple[float, ...],
+        shift: float = 0.0,
+    ) -> LayeredKernelLaw:
+        """The law, without the layers that it does not see: those below a layer of no linear part (an even activation),
+        where none of them has a weight of its own."""
+        unseen = max(
+            (k for k, layer in enumerate(layers) if layer.linear == 0.0 and not any(weights[: k + 1])), default=0
+        )
+        return cls(input_law=input_law, layers=layers[unseen:], weights=weights[unseen:], shift=shift)
+
     def _chain(self, y: Unknowns) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
         """Coefficients c_0..c_L, traces tau_0..tau_{L-1}, their derivatives (L, L + 1, points), and G."""
         depth = len(self.layers)
