@@ -117,19 +117,24 @@ class FreeConvolution(SpectralMeasure):
 
     def evaluate(self, x: Float[np.ndarray, " n"], known: Points | None = None) -> Points:
         """F, density and coordinates at points of the axis, all from one solution."""
-        place = self._off_atoms(x)
-        z = place.astype(complex)
-        solution = self._solve(z, known)
+        z, solution, density, slope = self._on_axis(x, known)
         with np.errstate(all="ignore"):
-            g, slope = self._transform(z, solution)
             total = 1.0 - self._potential(z, solution).imag / np.pi
-        bulk = in_bulk(self.geometry, solution.coordinates)
-        bulk &= -g.imag > _ROUNDING * np.abs(g)  # close to an atom G is real but for rounding
-        density = np.where(bulk, -g.imag / np.pi, 0.0)
-        slope = np.where(bulk, -slope.imag / np.pi, 0.0)
         low, high = self.hull
         total = np.where(x < low, 0.0, np.where(x >= high, 1.0, np.clip(total, 0.0, 1.0)))
         return Points(x, total, density, slope, solution.coordinates)
+
+    def _on_axis(
+        self, x: Float[np.ndarray, " n"], known: Points | None = None
+    ) -> tuple[Complex[np.ndarray, " n"], Subordination, Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Solution at points of the axis (beside its atoms), the density and its slope."""
+        z = self._off_atoms(x).astype(complex)
+        solution = self._solve(z, known)
+        with np.errstate(all="ignore"):
+            g, slope = self._transform(z, solution)
+        bulk = in_bulk(self.geometry, solution.coordinates)
+        bulk &= -g.imag > _ROUNDING * np.abs(g)  # close to an atom G is real but for rounding
+        return z, solution, np.where(bulk, -g.imag / np.pi, 0.0), np.where(bulk, -slope.imag / np.pi, 0.0)
 
     def _off_zero(self, z: Complex[np.ndarray, " n"]) -> Complex[np.ndarray, " n"]:
         """Points at which the coordinates exist: all, for sums."""
@@ -156,7 +161,13 @@ class FreeConvolution(SpectralMeasure):
 
     def density(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Density of the continuous part, exactly on the axis."""
-        return self.cdf_and_density(x)[1]
+        points = np.asarray(x, dtype=float)
+        low, high = self.hull
+        density = np.zeros(points.shape)
+        inside = np.asarray((points >= low) & (points <= high))
+        if inside.any():
+            density[inside] = self._on_axis(points[inside])[2]
+        return density
 
     def cdf(self, x: Numbers) -> Float[np.ndarray, "..."]:
         """Distribution function, in closed form in the subordination functions: no density is integrated."""

@@ -8,12 +8,14 @@ import numpy as np
 from jaxtyping import Bool, Complex, Float
 
 from torch_rmt.measures.geometry import Geometry, LogGeometry
+from torch_rmt.measures.semicircular import semicircle_row, solve_beside_semicircle
 
 _TOLERANCE = 1e-12  # largest residual of a solution that is handed out
 _INTERIOR = 1e-11  # imaginary part (relative) from which a solution counts as interior, hence unique
 _MUTE = 1e5  # radii from where a coordinate says nothing about its imaginary part
 _STALLED = 1e-9  # relative size of Newton steps that are taken for rounding once they shrink no more
 _COARSE = 16  # every so manieth point is solved by continuation, the others start from their neighbours
+_REPELLING = 1e-3  # excess over one of a slope that no rounding explains
 
 
 class ConvergenceError(ArithmeticError):
@@ -145,7 +147,7 @@ def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarra
 
 def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
     """Decide which candidate solutions at their final points are the right ones; make the real ones exactly real."""
-    residual = _residual(geometry, zeta, w)[0]
+    residual, _, dh, c = _residual(geometry, zeta, w)
     good = residual < _TOLERANCE
     unit = geometry.length(w)
     axis = zeta.imag == 0
@@ -160,6 +162,10 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
         )
         & axis
     )
+    if (
+        _is_pair(geometry) and np.ndim(c) == 0
+    ):  # an interior fixed point attracts; a repelling one is a real one, blurred
+        inside &= ~(np.abs(dh[0] * dh[1]) > 1.0 + _REPELLING)
     accepted = good & inside
     rest = np.flatnonzero(axis & ~inside)
     if rest.size:
@@ -191,6 +197,8 @@ def _real_solution(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple
         unit = geometry.length(w)
         step = np.where(np.isfinite(step) & (np.abs(step) < 0.1 * unit), step, 0.0)
         w = snap(w + step)
+        if np.all(np.abs(step) <= 1e-15 * unit):
+            break
     residual, _, dh, c = _residual(geometry, zeta, w)
     return w, (residual < _TOLERANCE) & _stable(geometry, zeta, w, dh, c)
 
@@ -303,13 +311,17 @@ def _from_neighbours(
 
 
 def _solve_axis(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Many points of the axis: some by continuation, the rest from their neighbours."""
+    """Many points of the axis: some by continuation or a curve that is known, the rest from their neighbours."""
     order = np.argsort(z.real)
     sorted_z = z[order]
-    w = np.empty((len(geometry.factors), z.size), dtype=complex)
-    done = np.zeros(z.shape, dtype=bool)
-    anchors = np.unique(np.append(np.arange(0, z.size, _COARSE), z.size - 1))
-    w[:, anchors], done[anchors] = _descend(geometry, sorted_z[anchors])
+    row = semicircle_row(geometry)
+    if row is not None:
+        w, done = solve_beside_semicircle(geometry, sorted_z, row, _settle)
+    else:
+        w = np.empty((len(geometry.factors), z.size), dtype=complex)
+        done = np.zeros(z.shape, dtype=bool)
+        anchors = np.unique(np.append(np.arange(0, z.size, _COARSE), z.size - 1))
+        w[:, anchors], done[anchors] = _descend(geometry, sorted_z[anchors])
     for _ in range(2):  # those beside an edge get nearer neighbours in the second round
         fresh, known = np.flatnonzero(~done), np.flatnonzero(done)
         if not fresh.size or known.size < 2:
@@ -353,7 +365,7 @@ def solve(
     on_axis = not np.any(z.imag)
     if on_axis and known is not None:
         w, done = _solve_known(geometry, z, known)
-    elif on_axis and z.size > 4 * _COARSE:
+    elif on_axis and (z.size > 4 * _COARSE or semicircle_row(geometry) is not None):
         w, done = _solve_axis(geometry, z)
     else:
         w, done = _descend(geometry, z)
