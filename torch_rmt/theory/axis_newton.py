@@ -69,11 +69,15 @@ class NewtonLaw(SpectralMeasure):
         y = y.copy()
         active = np.arange(len(z))
         rest = np.zeros(len(z), dtype=bool)
+        before = np.full(len(z), np.inf)
         for _ in range(_NEWTON):
             move, _ = self._step(y[:, active], z[active])
             with np.errstate(all="ignore"):
                 y[:, active] -= move
-                small = np.all(np.abs(move) <= 1e-11 * np.abs(y[:, active]), axis=0)
+                size = (np.abs(move) / np.abs(y[:, active])).max(axis=0)
+            # Newton's steps square: small ones that shrink no further are rounding, as in a narrow gap
+            small = (size <= 1e-11) | ((size <= 1e-8) & (size >= 0.1 * before[active]))
+            before[active] = size
             rest[active[small]] = True
             active = active[~small & np.isfinite(move).all(axis=0)]
             if not active.size:
