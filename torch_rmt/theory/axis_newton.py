@@ -124,7 +124,19 @@ class NewtonLaw(SpectralMeasure):
         return tuple((band, angle, y[:, k * _TABLE : (k + 1) * _TABLE]) for k, band in enumerate(bands))
 
     def _unknowns(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
-        """Physical solution at points of the closed upper half-plane."""
+        """Physical solution at points of the closed upper half-plane; the last one is kept, for density, then cdf."""
+        kept = self._kept.get("last")
+        if kept is not None and np.array_equal(kept[0], z):
+            return kept[1]
+        y = self._solved(z)
+        self._kept["last"] = (z.copy(), y)
+        return y
+
+    @cached_property
+    def _kept(self) -> dict[str, tuple[Complex[np.ndarray, " points"], Unknowns]]:
+        return {}
+
+    def _solved(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
         pending = np.ones(len(z), dtype=bool)
         parts: list[tuple[np.ndarray, Unknowns]] = []
         real = z.imag == 0.0
