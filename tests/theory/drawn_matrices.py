@@ -229,8 +229,7 @@ class SpinGlassCase:
     """The Riemannian Hessian of a cubic form at a random point of the sphere."""
 
     def predict(self, n: int) -> Prediction:
-        glass = SphericalSpinGlass(3)
-        return Prediction(measure=glass.hessian_law(0.0), reference="Auffinger, Ben Arous and Cerny 2013, Lemma 3.2")
+        return SphericalSpinGlass(3).hessian_spectrum(0.0, dim=n - 1)
 
     def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
         coupling = normal(generator, n, n, n) / n

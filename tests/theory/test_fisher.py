@@ -210,5 +210,7 @@ def test_bad_input() -> None:
         deep_fisher_spectrum("tanh", depth=1, width=10, sigma_w=1.0)
     with pytest.raises(ValueError, match="ensemble"):
         deep_fisher_spectrum("tanh", depth=2, width=10, sigma_w=1.0, ensemble="uniform")
+    with pytest.raises(ValueError, match="explode"):
+        deep_fisher_spectrum("relu_squared", depth=9, width=10, sigma_w=1.4)
     with pytest.raises(ValueError, match="correlation"):
         deep_fisher_statistics("tanh", widths=(5, 5), n_samples=3, sigma_w=1.0, input_correlation=2.0)

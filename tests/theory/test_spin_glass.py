@@ -118,3 +118,7 @@ def test_a_network_maps_with_its_assumptions_named() -> None:
             SphericalSpinGlass(bad)
     with pytest.raises(ValueError, match="index"):
         glass.complexity(np.array(-1.0), index=-1)
+    with pytest.raises(ValueError, match="finite"):
+        glass.hessian_spectrum(float("nan"))
+    with pytest.raises(ValueError, match="dim"):
+        glass.hessian_spectrum(0.0, dim=0)

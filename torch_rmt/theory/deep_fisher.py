@@ -17,6 +17,8 @@ from torch_rmt.theory.prediction import Prediction
 from torch_rmt.theory.sizes import checked_widths, whole_number
 from torch_rmt.theory.slope_law import slope_law
 
+_LARGEST = 1e30  # mean square of pre-activations, beyond which products of layers leave double precision
+
 
 def deep_fisher_spectrum(
     activation: object,
@@ -40,7 +42,7 @@ def deep_fisher_spectrum(
         input_second_moment: mean square of the input's entries.
 
     Raises:
-        ValueError: depth below 2, width below 1, another ensemble, a sigma out of range.
+        ValueError: depth below 2, width below 1, another ensemble, a sigma out of range, lengths that explode.
 
     Source: Hayase and Karakida 2020, equations 13-15.
 
@@ -57,6 +59,8 @@ def deep_fisher_spectrum(
     second, steps = input_second_moment, []
     for _ in range(depth - 1):
         q = sigma_w**2 * second + sigma_b**2
+        if not q < _LARGEST:
+            raise ValueError(f"the lengths of {phi.name} explode at sigma_w = {sigma_w:g} and depth {depth}: take less")
         nodes, weights = gaussian_rule(q, phi.kinks, order=8)
         second = float(weights @ phi.value(nodes) ** 2)
         steps.append(
@@ -169,7 +173,10 @@ def deep_fisher_statistics(
     widths (n_0, ..., n_L), activation after every layer but the last, Gaussian weights; biases trained where sigma_b
     > 0. The kernel J J^T of N samples is k_1 on the diagonal and k_2 off it, for each output apart:
     tr F = C k_1, tr F^2 = C (k_1^2 + (N - 1) k_2^2)/N, largest eigenvalue (k_1 + (N - 1) k_2)/N, with
-    k = sum over l of (n_{l-1} E x x' + [bias]) prod_{k >= l} sigma_w^2 E phi'(h_k) phi'(h'_k).
+    k = sum over l of (n_{l-1} E x x' + [bias]) prod_{k >= l} sigma_w^2 E phi'(h_k) phi'(h'_k). All pairs of inputs are
+    taken as equally correlated. Independent inputs of n_0 entries are so to 1/sqrt(n_0) only: where k_2 is small (odd
+    activations, weak biases), N/n_0 must be small too, or tr F^2 and the largest eigenvalue come out larger; that
+    spectrum is `neural_tangent_spectrum`.
 
     Raises:
         ValueError: fewer than two widths, sizes below one, sigmas or correlation out of range.

@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 
 from torch_rmt.measures import Semicircle
+from torch_rmt.theory.expected_error import rigid_error
+from torch_rmt.theory.prediction import Prediction
 from torch_rmt.theory.sizes import whole_number
 
 
@@ -124,6 +126,42 @@ class SphericalSpinGlass:
         """Limit law of the Riemannian Hessian of H at a point of energy N u: GOE of variance p (p - 1), shifted by -p
         u."""
         return Semicircle(variance=float(self.p * (self.p - 1)), mean=-self.p * float(u))
+
+    def hessian_spectrum(self, u: float, *, dim: int | None = None) -> Prediction:
+        """Predict the spectrum of the Riemannian Hessian of H at a point of energy N u.
+
+        Args:
+            u: energy per spin; 0 is that of a point drawn at random.
+            dim: N - 1, the number of eigenvalues, if known: for the expected finite-size error.
+
+        Returns:
+            Prediction with scalars "index", "mean", "smallest_eigenvalue" and "largest_eigenvalue".
+
+        Raises:
+            ValueError: u not finite, dim not a whole number of at least 1.
+
+        >>> round(SphericalSpinGlass(3).hessian_spectrum(0.0, dim=99).scalars["index"], 12)
+        0.5
+        """
+        if not np.isfinite(u):
+            raise ValueError(f"u is an energy per spin and must be finite, got {u}")
+        law = self.hessian_law(u)
+        low, high = law.bounds()
+        return Prediction(
+            measure=law,
+            scalars={
+                "index": self.index_fraction(u),
+                "mean": law.mean,
+                "smallest_eigenvalue": low,
+                "largest_eigenvalue": high,
+            },
+            assumptions=(
+                f"independent Gaussian couplings of {self.p} spins each, many spins, on the sphere of radius sqrt(N)",
+                f"one point of energy {u:g} a spin, drawn at random among those (critical or not)",
+            ),
+            reference="Auffinger, Ben Arous and Cerny 2013, Lemma 3.2",
+            finite_size_error=None if dim is None else rigid_error(whole_number("dim", dim)),
+        )
 
     def index_fraction(self, u: float) -> float:
         """Fraction of falling directions at a critical point of energy N u: the Hessian's mass below zero."""
