@@ -37,6 +37,12 @@ LAWS: dict[str, Callable[[], Prediction]] = {
     "deep fisher, orthogonal": lambda: deep_fisher_spectrum(
         "tanh", depth=3, width=300, sigma_w=1.2, sigma_b=0.1, ensemble="orthogonal"
     ),
+    "deep fisher, orthogonal gelu": lambda: deep_fisher_spectrum(
+        "gelu", depth=3, width=300, sigma_w=1.4, sigma_b=0.1, ensemble="orthogonal"
+    ),
+    "deep fisher, orthogonal leaky relu": lambda: deep_fisher_spectrum(
+        "leaky_relu", depth=3, width=300, sigma_w=1.4, sigma_b=0.1, ensemble="orthogonal"
+    ),
 }
 
 NUMBERS: dict[str, Callable[[], object]] = {
