@@ -198,7 +198,7 @@ def density_figure(figure: Figure, n: int, path: Path) -> None:
     for k, (low, high) in enumerate(law.support()):
         x = 0.5 * (low + high) - 0.5 * (high - low) * np.cos(np.linspace(0.01, np.pi - 0.01, 400))
         ax.plot(x, law.density(x) * width, color="C0", label="predicted" if k == 0 else None)
-    ax.set_title(figure.title + "".join(f"; atom of {mass:.2g} at {at:.3g}" for at, mass in law.atoms()))
+    ax.set_title(figure.title + "".join(f"; atom of {mass:.2g} at {at:.3g}" for at, mass in law.atoms()), fontsize=9)
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("fraction in a bin")
     ax.set_ylim(top=1.6 * np.histogram(values[loose], bins=40)[0].max() / len(values))
@@ -237,7 +237,7 @@ def largest_eigenvalue_figure(n: int, draws: int, path: Path) -> None:
     ax.hist((tops - law.edge) / law.scale, bins=20, density=True, color="0.8", label="drawn")
     s = np.linspace(-5.0, 4.0, 200)
     ax.plot(s, TracyWidom().density(s), label="Tracy-Widom, real")
-    ax.set_title("Largest eigenvalue of the Hessian, from the edge in units of its scale")
+    ax.set_title("Largest eigenvalue of the Hessian, from the edge in units of its scale", fontsize=9)
     ax.set_xlabel("(largest eigenvalue - edge) / scale")
     ax.legend()
     fig.tight_layout()
