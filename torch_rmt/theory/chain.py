@@ -20,6 +20,7 @@ Flags = Bool[np.ndarray, " points"]
 _DEEPEST = 680.0  # lambda underflows beyond this distance below the top, in logs
 _COARSE = 17  # points that are led in from the negative axis; the others start from their neighbours
 _FINEST = 1500  # points of a table at most
+_HALVINGS = 24  # of a gap between points of a table at most
 _CLOSE = 3e-7  # error of the table's interpolation in log M that one Newton step then squares
 _THIN = 1e-10  # where less than this share of M is imaginary, the spectrum is taken as left
 
@@ -113,15 +114,20 @@ class Chain(ChainEquations):
             dy *= np.minimum(1.0, 0.7 / np.abs(dy))
             new, size = self._polish(state.y + dy, state.v + dy[None, :] / state.pull, goal, 9)
             on_axis = goal.imag == 0
-            inside = self._inside(new)
+            inside = self._inside(new, size)
             shut = (new.y.imag <= 1e-9) & (new.y.imag >= -np.pi - 1e-9)
             shut &= ((new.v.imag >= -1e-9) & (new.v.imag <= np.pi + 1e-9)).all(axis=0)
         return new, np.asarray((size < 1e-8) & np.where(on_axis, inside, shut))
 
     @staticmethod
-    def _inside(state: State) -> Flags:
-        """Whether M and all w_k lie in the open half-planes, beyond what quadrature and rounding may fake."""
-        inside = (-state.y.imag > _THIN) & (state.y.imag > _THIN - np.pi)
+    def _inside(state: State, size: Reals | float = 0.0) -> Flags:
+        """Whether M and all w_k lie in the open half-planes, beyond what quadrature and rounding may fake.
+
+        `size` is Newton's last step: one that is not small beside the distance from the border may be on its way to a
+        real solution, as in a gap.
+        """
+        far = np.maximum(_THIN, 4.0 * size)
+        inside = (-state.y.imag > far) & (state.y.imag > far - np.pi)
         return np.asarray(inside & ((state.v.imag > 0) & (state.v.imag < np.pi)).all(axis=0))
 
     def _polish(self, y: Points, v: Inner, target: Points, steps: int) -> tuple[State, Reals]:
@@ -165,10 +171,16 @@ class Chain(ChainEquations):
             raise ArithmeticError("no point of the spectrum was found between its ends: are the layers' laws points?")
         # Before the first point inside there is no mass, or less than quadrature can tell from none.
         pieces = np.split(found, np.flatnonzero(np.diff(found) > 1) + 1)
-        while np.isinf(low) and len(pieces) > 1 and (np.pi + table.y[pieces[0]].imag).max() < 1e-8:
+        while np.isinf(low) and len(pieces) > 1 and (np.pi + table.y[pieces[0]].imag).max() < 1e-7:
             pieces = pieces[1:]  # what quadrature lets flicker where no mass is left
         found = np.concatenate(pieces)
         if len(pieces) == 1 or not self.may_have_gaps:
+            first = int(found[0])
+            if self.may_have_gaps and first > 0 and np.pi + table.y[first].imag > 1e-6:
+                # It begins at an edge, with less mass below it than can be told from none.
+                begin = self._edge(table, first, first - 1)
+                part = self._refined(Table.over(begin, top, 0.0, 2 * _COARSE))
+                return (Band(begin, top, part.only(np.flatnonzero(part.inside))),)
             return (Band(low, top, table.only(found)),)
         ends = [low]
         for before, after in pairwise(pieces):
@@ -198,8 +210,11 @@ class Chain(ChainEquations):
         """The table solved, with points put in until its interpolation is good."""
         table = table.filled(*self.above(table.t + 0j))
         rough = np.ones(len(table.t) - 1, dtype=bool)
-        while rough.any() and len(table.t) < _FINEST:
-            which = np.flatnonzero(rough)
+        for _ in range(_HALVINGS):
+            # What is left rough costs accuracy of the guess alone: every solution is certified for itself.
+            which = np.flatnonzero(rough)[: _FINEST - len(table.t)]
+            if not len(which):
+                break
             x = (table.x[which] + table.x[which + 1]) / 2
             between = table.inside[which] & table.inside[which + 1]
             t = table.place(x)
@@ -233,20 +248,30 @@ class Chain(ChainEquations):
             start_v = v[:, at].real + 1j * np.clip(v[:, at].imag, 1e-12, np.pi - 1e-12)
             found, size = self._polish(start_y, start_v, t[at] + 0j, 12)
             state = put(state, at, found)
-            good[at] = (size < 1e-7) & self._inside(found)
+            good[at] = (size < 1e-7) & self._inside(found, size)
         return state, good
 
     def _edge(self, table: Table, inner: int, outer: int) -> float:
         """The edge between a point of the table inside the spectrum and its neighbour outside: dt / dy = 0."""
-        y = table.y[[inner]]
-        aim = np.where(y.imag < -np.pi / 2, y.real - 1j * np.pi, y.real + 0j)
-        critical = self.critical(y, table.v[:, [inner]], y + 0.3 * (aim - y))
-        t = float(critical.t.real[0])
-        low, high = sorted((float(table.t[inner]), float(table.t[outer])))
-        slack = high - low
-        # An edge is real; a value off the bracket is another critical point, and the bracket is then all we know.
-        real = min(abs(critical.y.imag[0]), abs(critical.y.imag[0] + np.pi)) < 1e-6
-        return t if real and low - 0.1 * slack <= t <= high + 0.1 * slack else (low + high) / 2
+        y, v = table.y[[inner]], table.v[:, [inner]]
+        at, beyond = float(table.t[inner]), float(table.t[outer])
+        for _ in range(8):
+            low, high = sorted((at, beyond))
+            slack = high - low
+            aim = np.where(y.imag < -np.pi / 2, y.real - 1j * np.pi, y.real + 0j)
+            critical = self.critical(y, v, y + 0.3 * (aim - y))
+            t = float(critical.t.real[0])
+            # An edge is real; a value off the bracket is another critical point.
+            real = min(abs(critical.y.imag[0]), abs(critical.y.imag[0] + np.pi)) < 1e-6
+            if real and low - 0.1 * slack <= t <= high + 0.1 * slack:
+                return t
+            middle = np.array([(low + high) / 2])
+            state, good = self._certified(y, v, middle, np.ones(1, dtype=bool))
+            if good[0]:
+                at, y, v = float(middle[0]), state.y, state.v
+            else:
+                beyond = float(middle[0])
+        return (at + beyond) / 2
 
     @property
     def edges(self) -> tuple[tuple[float, float], ...]:

@@ -12,6 +12,7 @@ from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
 from torch_rmt.theory.architecture import Architecture, Layer, Signal
+from torch_rmt.theory.atomic_chain import AtomicChain
 from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.chain_parts import Kind, Term
 from torch_rmt.theory.equal_layers import EqualLayers
@@ -22,6 +23,9 @@ from torch_rmt.theory.series import moments_from_s, multiply, power, s_series
 from torch_rmt.theory.slope_law import NodeLaw, slope_law
 
 _MOMENTS = 9
+_SAME = 1e-6  # relative distance below which two atoms of a measured law are one
+_FEW_ATOMS = 64  # of all laws together: beyond it the gaps are many and narrow, and `Chain` sees a smooth law
+_WIDEST = 200.0  # natural logs that the spectrum of a product of atoms may span
 
 
 @dataclass
@@ -37,6 +41,8 @@ class Factors:
             layer has mixed everything.
         log_kept: log of that constant, in units of the scale.
         plain: True while all layers are square.
+        atomic: the laws so far with their counts, scaled to mean one, while all factors are atoms in the space of the
+            input; None once one is not.
     """
 
     log_scale: float = 0.0
@@ -47,6 +53,7 @@ class Factors:
     log_kept: float = 0.0
     gaussians: int = 0
     plain: bool = True
+    atomic: list[tuple[NodeLaw, float]] | None = field(default_factory=list)
 
     def add_term(self, a: float, b: float, count: float = 1.0) -> None:
         """Multiply z by (a + b M)^count, a constant part taken into the scale."""
@@ -63,6 +70,10 @@ class Factors:
         self.rank = min(self.rank, (1.0 - at_zero) / scale)
         constant = top if top[0] > 0 else (1.0, 0.0)
         mean = law.moment(1)
+        if self.atomic is not None and not law.ranges and scale == 1.0:
+            self.atomic.append((law.scaled(1.0 / mean), count))
+        else:
+            self.atomic = None
         if self.kept is not None:
             self.kept -= count * (1.0 - constant[1]) / scale
             self.log_kept += count * float(np.log(constant[0] / mean))
@@ -96,6 +107,8 @@ class Factors:
         if layer.sigma_w == 0.0:
             raise ValueError(f"layer {layer.name!r} has sigma_w = 0: its Jacobian is zero.")
         self.log_scale += 2.0 * float(np.log(layer.sigma_w))
+        if layer.ensemble == "gaussian" or layer.n_out != layer.n_in:
+            self.atomic = None
         if layer.ensemble == "gaussian":
             self.log_scale += float(np.log(layer.n_out / layer.n_in))
             self.add_term(1.0, after)
@@ -160,6 +173,17 @@ class Factors:
             s = multiply(s, power(one, count))
         return moments_from_s(s)
 
+    def atomic_chain(self) -> AtomicChain | None:
+        """The solver of square layers with a few atoms each, None for any other chain."""
+        laws = [(law, count) for law, count in self.atomic or [] if len(law.atoms) > 1]
+        with np.errstate(divide="ignore"):
+            decades = sum(count * float(np.ptp(np.log([s for s, _ in law.atoms if s > 0]))) for law, count in laws)
+        if not (self.kinds and laws) or sum(len(law.atoms) for law, _ in laws) > _FEW_ATOMS or decades > _WIDEST:
+            return None
+        return AtomicChain.of(
+            [(Discrete([s for s, _ in law.atoms], [mass for _, mass in law.atoms]), count) for law, count in laws]
+        )
+
     def solver(self) -> Solver:
         """The solver for these factors: without choice of branch for equal layers, by continuation for others."""
         kinds = tuple(
@@ -168,6 +192,9 @@ class Factors:
         equal = len(kinds) == 1 and self.plain and self.gaussians in (0, kinds[0].count)
         if equal and set(self.terms) <= {(1.0, 1.0)} and self.terms.get((1.0, 1.0), 0.0) == self.gaussians:
             return EqualLayers(kinds[0].law, kinds[0].count, self.gaussians > 0)
+        atomic = self.atomic_chain()
+        if atomic is not None:
+            return atomic
         terms = tuple(Term(a, b, count) for (a, b), count in self.terms.items())
         return Chain(terms, kinds, self.rank)
 
@@ -231,8 +258,17 @@ def measured_law(measure: SpectralMeasure) -> NodeLaw:
     if nodes.min() < -tiny or nodes.max() <= 0:
         raise ValueError("a law of W^T W lives on [0, inf) and not on 0 alone: square the singular values.")
     nodes = np.where(np.abs(nodes) <= tiny, 0.0, nodes)
-    places, which = np.unique(nodes, return_inverse=True)
+    order = np.argsort(nodes, kind="stable")
+    nodes, weights = nodes[order], weights[order]
+    # Singular values that float32 could not tell apart are one atom, at their mean: gaps between them are rounding.
+    which = np.zeros(len(nodes), dtype=np.intp)
+    start = nodes[0]
+    for i in range(1, len(nodes)):
+        apart = nodes[i] - start > _SAME * nodes[i]
+        which[i] = which[i - 1] + apart
+        start = nodes[i] if apart else start
     masses = np.bincount(which, weights)
-    masses = masses / masses.sum()
+    places = np.bincount(which, weights * nodes) / np.where(masses > 0, masses, 1.0)
+    places, masses = places[masses > 0], masses[masses > 0] / masses.sum()
     pairs = tuple((float(s), float(m)) for s, m in zip(places, masses, strict=True))
     return NodeLaw(places, masses, pairs, ())

@@ -7,6 +7,7 @@ import numpy as np
 from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.architecture import Architecture, Signal, propagate
+from torch_rmt.theory.atomic_chain import AtomicChain
 from torch_rmt.theory.factors import Factors, collect
 from torch_rmt.theory.finite_size import expected_distance
 from torch_rmt.theory.jacobian_law import JacobianLaw
@@ -58,7 +59,9 @@ def law_of(factors: Factors) -> SpectralMeasure:
         with np.errstate(over="ignore", under="ignore"):
             places = [float(np.exp(location)) for location in locations]
         return PointMass(places[0]) if len(places) == 1 else Discrete(places, masses)
-    return JacobianLaw(factors.solver(), factors.log_scale, factors.log_atoms(), factors.moments())
+    solver = factors.solver()
+    atoms = solver.atoms() if isinstance(solver, AtomicChain) else factors.log_atoms()
+    return JacobianLaw(solver, factors.log_scale, atoms, factors.moments())
 
 
 def _masked_or_normalised(architecture: Architecture) -> bool:

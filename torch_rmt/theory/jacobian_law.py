@@ -132,7 +132,10 @@ class JacobianLaw(SpectralMeasure):
         """Mass of each interval: the distribution function between its ends, atoms between intervals taken off."""
         edges = self.solver.edges
         # In a gap Phi is analytic across the axis: its imaginary part there counts the mass above, exactly.
-        middles = np.array([(edges[i][1] + edges[i + 1][0]) / 2 for i in range(len(edges) - 1)]) + 1e-12j
+        gaps = [(edges[i][1], edges[i + 1][0]) for i in range(len(edges) - 1)]
+        # Halfway to the first atom in the gap, where there is one: on an atom Phi has a pole.
+        stops = [min([t for t, _ in self.log_atoms if low < t < high], default=high) for low, high in gaps]
+        middles = np.array([(low + stop) / 2 for (low, _), stop in zip(gaps, stops, strict=True)]) + 1e-12j
         ends: list[float] = []
         if len(middles):
             w, u = self.solver.solve_above(middles)
