@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torch_rmt import critical_init_
 from torch_rmt.describe import SlopePart, parts_between
-from torch_rmt.diagnose import diagnose, freeness_report
+from torch_rmt.diagnose import diagnose, freeness_report, jacobian_report
 from torch_rmt.operators import Jacobian
 
 
@@ -28,7 +28,12 @@ def cnn() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(first, nn.GELU(), second, nn.Tanh(), nn.Flatten(), nn.Linear(96, 5)), torch.randn(1, 2, 8, 8)
 
 
-@pytest.mark.parametrize("make", [mlp, cnn])
+def circular() -> tuple[nn.Module, Tensor]:
+    convs = [nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular") for _ in range(3)]
+    return nn.Sequential(convs[0], nn.Tanh(), convs[1], nn.ReLU(inplace=True), convs[2]), torch.randn(1, 3, 5, 5)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, circular])
 @pytest.mark.parametrize("ends", [(None, None), ("0", None), ("0", "2"), (None, "2"), ("1", "3")], ids=str)
 def test_the_factors_multiply_to_the_jacobian(make, ends: tuple[str | None, str | None]) -> None:
     torch.manual_seed(0)
@@ -75,6 +80,24 @@ def test_active_dropout_is_a_factor_with_its_law(seed: int) -> None:
     report = freeness_report(nn.Sequential(*hidden, nn.Linear(128, 10)), torch.randn(1, 128))
     assert report.agrees, report.verdict
     assert sum(mass for x, mass in report.prediction.measure.atoms() if x == 0.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("padding_mode", ["circular", "zeros"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize(("channels", "side"), [(4, 8), (16, 5)])
+def test_drawn_convolutions_are_free_and_as_predicted(
+    channels: int, side: int, activation: type[nn.Module], padding_mode: str
+) -> None:
+    for seed in range(2):
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(channels, channels, 3, padding=1, padding_mode=padding_mode) for _ in range(4)]
+        for conv in layers:
+            nn.init.normal_(conv.weight, std=(2 / (9 * channels)) ** 0.5)
+        net = nn.Sequential(*[m for conv in layers for m in (conv, activation())])
+        x = torch.randn(1, channels, side, side)
+        for report in (freeness_report(net, x, "0", "6"), jacobian_report(net, x, "0", "6")):
+            assert report.agrees is not False, (report.name, report.verdict)
+            assert report.prediction is not None, report.verdict
 
 
 def test_rectangular_factors_and_a_bottleneck_are_free_too() -> None:

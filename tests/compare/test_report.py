@@ -120,6 +120,37 @@ def test_freeness_gap_of_a_product(seed: int) -> None:
     assert report.distance("kolmogorov").value < 0.05
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_gap_of_estimated_sums_with_many_zeros(seed: int) -> None:
+    """As Hessians are: most of each part are zeros, which every estimate puts somewhere else near zero."""
+    rng = np.random.default_rng(seed)
+    n, rank = 600, 150
+    a = np.zeros(n)
+    b = np.zeros(n)
+    a[:rank], b[:rank] = np.linspace(1.0, 3.0, rank), np.linspace(-4.0, -2.0, rank)
+    q, r = np.linalg.qr(rng.normal(size=(n, n)))
+    q = q * np.sign(np.diag(r))
+    free, aligned = np.diag(a) + (q * b) @ q.T, np.diag(a + b)
+
+    def estimated(matrix: np.ndarray, k: int) -> Spectrum:
+        operator = DenseOperator(torch.tensor(matrix), symmetric=True)
+        return SLQ(probes=4, depth=48)(operator, torch.Generator().manual_seed(10 * seed + k))
+
+    parts = [estimated(np.diag(a), 0), estimated(np.diag(b), 1)]
+    assert freeness_gap(parts, estimated(free, 2), kind="sum").agrees
+    assert freeness_gap(parts, estimated(aligned, 3), kind="sum").agrees is False
+
+
+def test_a_spectrum_that_is_all_zeros_but_for_outliers_decides_nothing() -> None:
+    values = np.zeros(2000)
+    values[:3] = 5.0, 7.0, 9.0
+    operator = DenseOperator(torch.diag(torch.tensor(values)), symmetric=True)
+    found = SLQ(probes=1, depth=20)(operator, torch.Generator().manual_seed(0))
+    report = freeness_gap([found, found], found, kind="sum")
+    assert report.agrees is None
+    assert "not tell from zero" in report.verdict
+
+
 def test_freeness_gap_refuses_what_has_no_meaning() -> None:
     one = measured()
     with pytest.raises(ValueError, match="two parts"):

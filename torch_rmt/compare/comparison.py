@@ -39,6 +39,8 @@ def compare(
     name: str = "spectrum",
     facts: Mapping[str, float] | None = None,
     reason: str = "",
+    zero: float = 0.0,
+    size: float | None = None,
 ) -> Report:
     """Put a measured spectrum beside its law: distances with noise floors, outliers, a verdict in words.
 
@@ -53,7 +55,8 @@ def compare(
     distribution function. "shape" has the same without what `finite_size_error` allows for the scale, and
     "wasserstein" the same times the width of the law from its 1 % to its 99 % point, joined by its standard deviation
     over sqrt(dim). The law "agrees" up to 2.5 times the floor of both Kolmogorov distances; a law that is a point is
-    judged by the Wasserstein distance. Beyond a distance of 0.2 that noise alone could excuse, nothing is decided.
+    judged by the Wasserstein distance. Beyond a distance of 0.2 that noise alone could excuse, and where nearly all
+    eigenvalues lie below a given `zero`, nothing is decided.
 
     Args:
         spectrum: the measurement.
@@ -61,6 +64,8 @@ def compare(
         name: tag of the report in every log.
         facts: further numbers; with "chi" and "depth" the verdict says what becomes of gradients.
         reason: why there is no prediction.
+        size: number of independent units where that is less than the dimension, as for weights that places share.
+        zero: size below which eigenvalues count as zero, of the law as of the measurement; rounding if that is more.
 
     >>> from torch_rmt.measures import MarchenkoPastur
     >>> values = MarchenkoPastur(1.0).quantile((np.arange(200) + 0.5) / 200)
@@ -74,10 +79,10 @@ def compare(
         verdict = f"Measured only{': ' + reason if reason else ''}. Eigenvalues from {low:.3g} to {high:.3g}."
         return Report(name, spectrum, None, verdict=verdict + gradients_in_words(facts), facts=facts)
     law = prediction.measure
-    zero = numerical_zero(spectrum)
+    zero = max(zero, numerical_zero(spectrum))
     nodes, weights = points(spectrum)
     table = Tabulated(law, nodes, zero)
-    noise, rigid = noise_floor(spectrum, prediction), noise_floor(spectrum, prediction, shape=True)
+    noise, rigid = (noise_floor(spectrum, prediction, shape=shape, zero=zero, size=size) for shape in (False, True))
     ks = Distance("kolmogorov", table.kolmogorov(nodes, weights), noise)
     w1 = Distance("wasserstein", wasserstein(nodes, weights, table), _moved(table, noise, spectrum.dim) + zero)
     scale = relative_scale(nodes, weights, table, zero)
@@ -93,15 +98,18 @@ def compare(
         agrees = w1.ratio <= AGREES_UP_TO
     else:
         agrees = all(d is None or d.ratio <= AGREES_UP_TO for d in (ks, shape))
-    decision = None if agrees and ks.value > _TOO_COARSE else agrees
+    zeros = _zeros(nodes, weights, prediction, zero)
+    blind = zero > numerical_zero(spectrum) and 1.0 - min(zeros) <= AGREES_UP_TO * noise
+    decision = None if agrees and (ks.value > _TOO_COARSE or blind) else agrees
     verdict = agreement_in_words(
         agrees=decision,
         kolmogorov=ks,
         shape=shape,
         scale=scale,
-        zeros=_zeros(nodes, weights, prediction, zero),
+        zeros=zeros,
         spread=spreads(nodes, weights, table, scale, zero),
         outliers=outliers,
+        blind=zero if blind else None,
     )
     distances = tuple(d for d in (w1, ks, shape) if d is not None)
     words = {key: float(value) for key, value in prediction.scalars.items()} | facts
@@ -117,17 +125,23 @@ def compare(
     )
 
 
-def noise_floor(spectrum: Spectrum, prediction: Prediction, *, shape: bool = False) -> float:
-    """Kolmogorov distance to expect if the law were right: finite width, probes, and steps of the data."""
-    width = prediction.finite_size_error
-    if shape or width is None or not math.isfinite(width):
+def noise_floor(
+    spectrum: Spectrum, prediction: Prediction, *, shape: bool = False, zero: float = 0.0, size: float | None = None
+) -> float:
+    """Kolmogorov distance to expect if the law were right: finite width, probes, steps of the data beyond `zero`."""
+    width, stated = 0.0, prediction.finite_size_error
+    if not shape and stated is not None and math.isfinite(stated):
+        width = stated
+    if width == 0.0 or (size is not None and size < spectrum.dim):
         # Eigenvalues are rigid, but how many sit on an atom is a binomial number.
         binomial = max((m * (1 - m) for _, m in prediction.measure.atoms()), default=0.0)
-        width = _RIGID / spectrum.dim + math.sqrt(max(binomial, 0.0) / spectrum.dim)
+        units = spectrum.dim if size is None else min(size, spectrum.dim)
+        width = max(width, _RIGID / units + math.sqrt(max(binomial, 0.0) / units))
     nodes, _ = points(spectrum)
     probe = probe_noise(spectrum)
     # A uniform error on [-w/2, w/2] has standard deviation w / sqrt(12) and supremum w / 2.
-    step = math.sqrt(3.0) * float(spectrum.cdf_resolution(nodes).max())
+    beyond = nodes[np.abs(nodes) > zero] if (np.abs(nodes) > zero).any() else nodes
+    step = math.sqrt(3.0) * float(spectrum.cdf_resolution(beyond, zero).max())
     return float(np.hypot(width, probe) + max(step, 0.5 / spectrum.dim))
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from torch_rmt.compare.comparison import compare, probe_noise
 from torch_rmt.compare.distances import numerical_zero, points
@@ -31,6 +32,7 @@ def freeness_gap(
     kind: Literal["sum", "product"],
     name: str = "freeness",
     facts: Mapping[str, float] | None = None,
+    size: float | None = None,
 ) -> Report:
     """Compare a spectrum with the free convolution of its parts' spectra; valid at any step of training.
 
@@ -38,6 +40,8 @@ def freeness_gap(
     parts' laws; for a product, whole = the law of |... B A|^2, the free multiplicative one of the laws of A^T
     A, B^T B, ..., given in the order in which they act on a vector; they may be rectangular. The parts of random
     weights are free; what training aligns is not, and the distance says how much.
+
+    `size` is the number of independent units where that is less than the dimension, as for weights that places share.
 
     Raises:
         ValueError: fewer than two parts, a product with a part that has negative eigenvalues, parts of which one
@@ -54,15 +58,20 @@ def freeness_gap(
     """
     if len(parts) < 2:
         raise ValueError(f"a whole has at least two parts, got {len(parts)}")
-    law = free_add(*(coarse(part) for part in parts)) if kind == "sum" else _chain(parts)
+    # What is rounding in one part is rounding in the sum.
+    rounding = max(numerical_zero(part) for part in parts)
+    law = free_add(*(coarse(part, rounding) for part in parts)) if kind == "sum" else _chain(parts)
+    units = min(size or whole.dim, whole.dim)
     prediction = Prediction(
         law,
         scalars={"parts": float(len(parts))},
         assumptions=("the measured parts are free of each other",),
         reference="Pennington and Bahri 2017, section 4" if kind == "sum" else "Collins and Hayase 2023",
-        finite_size_error=math.hypot(_RIGID / whole.dim, *(probe_noise(part) for part in parts)),
+        finite_size_error=math.hypot(_RIGID / units, *(probe_noise(part) for part in parts)),
     )
-    report = compare(whole, prediction, name=name, facts=facts)
+    # The zeros of an estimated part lie somewhere within its reach, and the law of the sum moves with them.
+    zero = sum(spectrum.reach for spectrum in (*parts, whole)) if kind == "sum" else 0.0
+    report = compare(whole, prediction, name=name, facts=facts, zero=zero)
     if report.agrees is None:
         return report
     if report.agrees:
@@ -96,21 +105,29 @@ def _chain(parts: Sequence[Spectrum]) -> SpectralMeasure:
     return jacobian_spectrum(Architecture(tuple(layers))).measure
 
 
-def coarse(spectrum: Spectrum) -> Discrete:
+def coarse(spectrum: Spectrum, rounding: float) -> Discrete:
     """The measured law with neighbours merged into their mean, at most some 2 * 128 atoms; the mean stays exact.
 
-    Neighbours merge while their share of the mass and of the range stay below 1/128, so that outliers stay apart.
+    Nodes that `rounding` alone may hold apart are one atom. If more than 256 are left, neighbours merge while their
+    share of the mass and of the range stay below 1/128, so that outliers stay apart.
     """
     nodes, weights = points(spectrum)
-    if nodes.size <= 2 * _ATOMS:
-        return Discrete(nodes, weights)
-    reach = (nodes[-1] - nodes[0]) / _ATOMS
+    nodes, weights = _merged(nodes, weights, reach=rounding, mass=1.0)
+    nodes = np.where(np.abs(nodes) <= rounding, 0.0, nodes)
+    if nodes.size > 2 * _ATOMS:
+        nodes, weights = _merged(nodes, weights, reach=(nodes[-1] - nodes[0]) / _ATOMS, mass=1 / _ATOMS)
+    return Discrete(nodes, weights / weights.sum())
+
+
+def _merged(
+    nodes: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], *, reach: float, mass: float
+) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     starts = [0]
-    mass = weights[0]
+    gathered = weights[0]
     for i in range(1, nodes.size):
-        if mass + weights[i] > 1 / _ATOMS or nodes[i] - nodes[starts[-1]] > reach:
+        if gathered + weights[i] > mass or nodes[i] - nodes[starts[-1]] > reach:
             starts.append(i)
-            mass = 0.0
-        mass += weights[i]
+            gathered = 0.0
+        gathered += weights[i]
     total = np.add.reduceat(weights, starts)
-    return Discrete(np.add.reduceat(weights * nodes, starts) / total, total / total.sum())
+    return np.add.reduceat(weights * nodes, starts) / total, total

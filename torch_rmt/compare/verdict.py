@@ -28,6 +28,7 @@ def agreement_in_words(
     zeros: tuple[float, float],
     spread: tuple[float, float],
     outliers: tuple[Outlier, ...],
+    blind: float | None = None,
 ) -> str:
     """Say whether the law holds and, if not, in what the measurement differs.
 
@@ -39,6 +40,8 @@ def agreement_in_words(
         spread: standard deviation of log eigenvalue (or of the eigenvalue), scale out, measured and
             predicted.
         outliers: beyond the edges.
+        blind: size below which nearly all eigenvalues lie and are not told from zero, where that is why nothing is
+            decided.
     """
     numbers = f"Kolmogorov distance {kolmogorov.value:.2g}, noise {kolmogorov.noise:.2g}"
     tail = ""
@@ -50,6 +53,11 @@ def agreement_in_words(
             f"{first.margin:.0f} times the noise): a direction that independent weights do not make."
         )
         tail = tail[:1] + tail[1].upper() + tail[2:]
+    if agrees is None and blind is not None:
+        return (
+            f"Too coarse to tell: {zeros[0]:.1%} of the eigenvalues lie below {blind:.2g}, which this measurement does "
+            f"not tell from zero ({numbers}). Measure with a greater depth." + tail
+        )
     if agrees is None:
         return f"Too coarse to tell ({numbers}): measure with more probes and a greater depth." + tail
     if agrees:

@@ -12,5 +12,6 @@ from torch_rmt.describe.links import layer_of as layer_of
 from torch_rmt.describe.links import read_links as read_links
 from torch_rmt.describe.parts import SlopePart as SlopePart
 from torch_rmt.describe.parts import WeightPart as WeightPart
+from torch_rmt.describe.parts import independent_size as independent_size
 from torch_rmt.describe.parts import parts_between as parts_between
 from torch_rmt.describe.stretch import stretch_to as stretch_to

@@ -41,6 +41,7 @@ def describe(
         TypeError: not a module, or its output holds no tensor.
         ValueError: the example is empty, a name does not exist or is not called, or no layer was understood.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> [(layer.name, layer.n_out, layer.activation and layer.activation.name) for layer in
     ...  describe(net, torch.ones(1, 8)).layers]
@@ -77,6 +78,7 @@ def default_ends(module: nn.Module, example_input: Any) -> tuple[str | None, str
     `(None, None)`, input to output, where no two layers of that kind follow each other; the source is then the first
     module with real numbers where the input itself has none (token numbers).
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> default_ends(net, torch.ones(1, 3))
     ('0', '2')

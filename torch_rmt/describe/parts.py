@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_rmt.describe.forward_graph import Call, ForwardGraph, Ref, WeightUse, record
 from torch_rmt.describe.links import output_number, way_between
-from torch_rmt.describe.stretch import Stretch
+from torch_rmt.describe.stretch import SHAPING, Stretch
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,41 @@ class SlopePart:
 
 
 class _Alone(nn.Module):
-    """One recorded call as a module of its own."""
+    """Recorded calls, one after the other, as a module of their own: what pads or reshapes, then the weight."""
 
-    def __init__(self, call: Call, graph: ForwardGraph, use: WeightUse) -> None:
+    def __init__(self, calls: Sequence[Call], graph: ForwardGraph, start: int) -> None:
         super().__init__()
-        self.call = call
-        self.input = use.input
-        self.constants = {n: graph.tensors[n].detach() for n in call.inputs if n != use.input}
+        self.calls = tuple(calls)
+        self.start = start
+        made = {start, *(call.output for call in calls)}
+        self.constants = {n: graph.tensors[n].detach() for call in calls for n in call.inputs if n not in made}
 
     def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = self.call.function(*self._fill(self.call.args, h), **self._fill(self.call.kwargs, h))
-        return out
+        values = {**self.constants, self.start: h}
+        for call in self.calls:
+            h = call.function(*_filled(call.args, values), **_filled(call.kwargs, values))
+            values[call.output] = h
+        return h
 
-    def _fill(self, tree: Any, h: Tensor) -> Any:
-        if isinstance(tree, Ref):
-            return h if tree.number == self.input else self.constants[tree.number]
-        if isinstance(tree, dict):
-            return {key: self._fill(value, h) for key, value in tree.items()}
-        if isinstance(tree, tuple | list):
-            return type(tree)(self._fill(value, h) for value in tree)
-        return tree
+
+def _filled(tree: Any, values: dict[int, Tensor]) -> Any:
+    if isinstance(tree, Ref):
+        return values[tree.number]
+    if isinstance(tree, dict):
+        return {key: _filled(value, values) for key, value in tree.items()}
+    if isinstance(tree, tuple | list) and not isinstance(tree, torch.Size):
+        return type(tree)(_filled(value, values) for value in tree)
+    return tree
+
+
+def _with_shaping(graph: ForwardGraph, use: WeightUse, stops: set[int]) -> tuple[list[Call], int]:
+    """The call of a weight and those before it that only pad, move or reshape; the number of what comes in."""
+    calls, start = [graph.calls[use.output]], use.input
+    while start not in stops and start in graph.calls and graph.calls[start].name in SHAPING:
+        call = graph.calls[start]
+        calls.insert(0, call)
+        (start,) = (n for n in call.inputs if n in graph.data)
+    return calls, start
 
 
 def parts_between(
@@ -100,13 +116,42 @@ def parts_between(
         if not torch.equal(value.flatten()[:1024], graph.samples[start]):
             raise ValueError(f"the output of {source or 'the input'} is overwritten in place; name another source")
         parts.append(_slopes(f"after {source or 'the input'}", way.first_stretch, value))
+    stops = {use.output for use in graph.weights} | {start}
     for use, following, _ in way.links:
-        example = torch.zeros(graph.shapes[use.input], dtype=use.weight.dtype, device=use.weight.device)
-        alone = _Alone(graph.calls[use.output], graph, use)
+        calls, entry = _with_shaping(graph, use, stops)
+        example = torch.zeros(graph.shapes[entry], dtype=use.weight.dtype, device=use.weight.device)
+        alone = _Alone(calls, graph, entry)
         parts.append(WeightPart(use.name, example.numel(), graph.size(use.output), alone, example))
         if following.function is not None or following.dropout > 0:
             parts.append(_slopes(f"after {use.name}", following, values[use.output]))
     return tuple(parts)
+
+
+def independent_size(
+    module: nn.Module, sample: Any, source: str | None = None, target: str | None = None
+) -> float | None:
+    """How many independent units the smallest weight on the way has, for the noise that is to be expected.
+
+    sqrt(channels * entries): the width of a linear layer; between the channels and the entries for a weight that many
+    places share, as in a convolution or a layer over tokens. Channels alone would be right if all places saw the same
+    signal, entries if theirs were independent. None where the way is not understood. Found by tuning on convolutional
+    networks of 4 to 32 channels at initialisation, where distances stayed below 2.5 times the noise so expected.
+
+    >>> independent_size(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.ones(1, 4, 8, 8))
+    32.0
+    """
+    graph = record(module, sample)
+    start = graph.inputs[0] if source is None else output_number(graph, module, source)
+    end = graph.output if target is None else output_number(graph, module, target)
+    way = way_between(graph, start, end)
+    if isinstance(way, str):
+        return None
+    sizes = [_channels(use) * graph.size(number) for use, _, _ in way.links for number in (use.input, use.output)]
+    return math.sqrt(min(sizes)) if sizes else None
+
+
+def _channels(use: WeightUse) -> int:
+    return min(use.weight.shape[0] // use.groups, use.weight.shape[1])
 
 
 def _slopes(name: str, stretch: Stretch, value: Tensor) -> SlopePart:

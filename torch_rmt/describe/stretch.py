@@ -16,6 +16,7 @@ _KEEP = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "vie
 _KEEP |= {"contiguous", "clone", "to", "float", "double", "half", "bfloat16", "type", "type_as", "alias"}
 _KEEP |= {"detach", "requires_grad_"}
 _MOVE = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "t", "T", "mT", "channel_shuffle"}
+SHAPING = _KEEP | _MOVE
 _DROPOUT = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 _PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "tensordot"}
 
@@ -51,8 +52,9 @@ class Stretch:
 def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
     """Follow a tensor back to the nearest of `stops`, and say what was done on the way."""
     calls, sources = _walk_back(graph, end, stops)
-    notes, kept = [], 1.0
-    last = max((i for i, c in enumerate(calls) if c.name not in _KEEP | _MOVE | _DROPOUT), default=-1)
+    notes: list[str] = []
+    kept = 1.0
+    last = max((i for i, c in enumerate(calls) if c.name not in SHAPING | _DROPOUT), default=-1)
     for i, call in enumerate(calls):
         p = _dropped(call)
         if p > 0 and call.name == "dropout" and i > last:
@@ -66,7 +68,7 @@ def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
         culprits = tuple(p for c in calls if c is not join and (p := _problem(graph, c)))
         return Stretch(-1, None, (f"{where}: {what}", *culprits), tuple(notes), sources=frozenset(sources))
     source = next(iter(sources))
-    acting = [c for c in calls if c.name not in _KEEP | _MOVE | _DROPOUT]
+    acting = [c for c in calls if c.name not in SHAPING | _DROPOUT]
     if not acting:
         return Stretch(source, None, (), tuple(notes), dropout=1.0 - kept)
 
@@ -132,7 +134,7 @@ def _replay(graph: ForwardGraph, calls: list[Call], source: int, end: int, h: Te
         first = next((n for n in call.inputs if n in values), None)
         if first is None:
             continue
-        if call.name in _KEEP | _MOVE | _DROPOUT:
+        if call.name in SHAPING | _DROPOUT:
             values[call.output] = values[first]
             continue
         args, kwargs = _fill(call.args, fill), _fill(call.kwargs, fill)
@@ -190,7 +192,7 @@ def _agrees(
 
 def _problem(graph: ForwardGraph, call: Call) -> str:
     """Why a single call is not understood; "" if it is."""
-    if call.name in _KEEP | _MOVE | _DROPOUT:
+    if call.name in SHAPING | _DROPOUT:
         return ""
     inputs = [n for n in call.inputs if n in graph.data]
     if len(inputs) == 1 and _is_elementwise(lambda h: _replay(graph, [call], inputs[0], call.output, h)):

@@ -118,6 +118,7 @@ def diagnose(
         ValueError: an unknown name in `what`, an empty batch, a loss that is not finite.
         TypeError: the batch is no pair, the model returns no tensor.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(16, 16), nn.Tanh())], nn.Linear(16, 3))
     >>> found = diagnose(net, (torch.randn(32, 16), torch.arange(32) % 3), nn.functional.cross_entropy)

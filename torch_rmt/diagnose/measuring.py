@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rmt.operators import LinearOperator
-from torch_rmt.spectra import SLQ, Spectrum, exact
+from torch_rmt.operators import Curvature, LinearOperator
+from torch_rmt.spectra import Spectrum, affordable_spectrum, exact, spectrum_within
 
 _DENSE = 512  # up to this size a dense decomposition costs less than an estimate
-_DEPTH = 48  # Lanczos steps
+_DEPTH = 48  # products a probe
 _SAMPLES = 20_000  # probes times dimension: sqrt(2 / (dim probes)) is then below the resolution of so many steps
 
 
 def measure(operator: LinearOperator, seed: int = 0) -> Spectrum:
-    """Exact spectrum of a small operator, a Lanczos estimate of a large one."""
+    """Exact spectrum of a small operator and of one whose dual is small, a Lanczos estimate of any other."""
     if min(operator.shape) <= _DENSE:
         return exact(operator)
-    probes = max(1, min(8, _SAMPLES // min(operator.shape)))
-    return SLQ(probes=probes, depth=_DEPTH)(operator, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    products = _DEPTH * max(1, min(8, _SAMPLES // min(operator.shape)))
+    if isinstance(operator, Curvature):
+        return affordable_spectrum(operator, generator, products=products)
+    return spectrum_within(operator, generator, matvecs=products if operator.symmetric else 2 * products)
 
 
 def first_sample(inputs: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from torch_rmt.compare import Report, compare, freeness_gap
-from torch_rmt.describe import SlopePart, WeightPart, default_ends, parts_between
+from torch_rmt.describe import SlopePart, WeightPart, default_ends, independent_size, parts_between
 from torch_rmt.diagnose.measuring import first_sample, measure
 from torch_rmt.operators import Jacobian
 from torch_rmt.spectra import Spectrum
@@ -38,7 +38,8 @@ def freeness_report(
     whole = measure(Jacobian(model, sample, source, target), seed)
     try:
         parts = [_spectrum(part, seed) for part in parts_between(model, sample, source, target)]
-        return freeness_gap(parts, whole, kind="product", name=name)
+        size = independent_size(model, sample, source, target)
+        return freeness_gap(parts, whole, kind="product", name=name, size=size)
     except (ValueError, ArithmeticError) as error:
         return compare(whole, None, name=name, reason=str(error))
 

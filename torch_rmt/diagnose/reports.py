@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torch_rmt.compare import Report, compare, freeness_gap
-from torch_rmt.describe import default_ends, describe_between
+from torch_rmt.describe import default_ends, describe_between, independent_size
 from torch_rmt.diagnose.measuring import first_sample, measure
 from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import Combination, Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
@@ -40,7 +40,8 @@ def jacobian_report(
         mean = spectrum.moment(1)[0]
         if mean > 0:
             facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
-        return compare(spectrum, jacobian_spectrum(architecture), name=name, facts=facts)
+        size = independent_size(model, sample, source, target)
+        return compare(spectrum, jacobian_spectrum(architecture), name=name, facts=facts, size=size)
     except (ValueError, ArithmeticError) as error:
         return compare(spectrum, None, name=name, facts=facts, reason=str(error))
 
