@@ -97,6 +97,15 @@ def test_cusp_is_a_cube_root() -> None:
     )
 
 
+def test_points_at_a_cusp_are_solved_one_by_one() -> None:
+    law = free_add(Discrete([-1.0, 1.0]), Semicircle())
+    for t in (1e-10, 6e-13, -6e-13, -1e-10):
+        truth = np.max(np.roots([1, -2 * t, t * t, -t]).imag) / np.pi
+        assert float(law.density(t)) == pytest.approx(truth, rel=1e-3)
+    assert abs(float(law.density(0.0))) < 1e-4
+    assert np.allclose(law.cdf([law.quantile(0.3), 0.0]), [0.3, 0.5], atol=1e-10)
+
+
 def test_only_one_other_law_and_a_centred_semicircle_take_the_curve() -> None:
     two, mp = LAWS["two points"], LAWS["Marchenko-Pastur"]
 

@@ -24,9 +24,11 @@ from torch_rmt.measures.geometry import Geometry, LogGeometry
 Settle = Callable[[Geometry, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 _LOWEST = 1e-12  # of the variance: y^2 from which on down the curve counts as on the axis
-_HEIGHT_STEPS, _POLISH_STEPS = 30, 12
+_HEIGHT_STEPS = 30
+_POLISH_STEPS = 60  # at a cusp, a triple root, each takes off a third until the root is resolved
 _ROUGH = 1e-3  # relative error of y^2 on the curve: it only gives guesses
 _SETTLED = 1e-8  # size of the last Newton step but one
+_LIFTS = 20  # Newton steps that may start again from higher up
 _CURVES = 3  # times that the curve is drawn, finer where points are still missing
 _GRID, _STRIDE, _PIECES, _FEW_NODES = 64, 8, 8, 64  # points of the curve; found by tuning
 
@@ -89,13 +91,19 @@ def polish(
     w = w.copy()
     g = np.zeros_like(w)
     todo = np.arange(x.size)
-    for _ in range(_POLISH_STEPS):
+    reach = np.sqrt(variance)
+    for round_ in range(_POLISH_STEPS):
         here = w[todo]
         value, slope = law.stieltjes_and_slope(here)
         with np.errstate(all="ignore"):
-            step = (x[todo] - here - variance * value) / (1.0 + variance * slope)
-            size = np.abs(step) / (np.abs(here) + np.sqrt(variance))
+            stretch = 1.0 + variance * slope
+            step = (x[todo] - here - variance * value) / stretch
+            size = np.abs(step) / (np.abs(here) + reach)
             step = np.where(size > 0.3, step * (0.3 / size), step)
+            if round_ < _LIFTS:  # on the curve and above it Re dx/dw >= 1 - v a >= 0
+                under = stretch.real < -1e-10
+                step = np.where(under, 1j * reach * np.sqrt(np.minimum(np.abs(stretch.real), 1.0)), step)
+                size = np.where(under, 1.0, size)
             g[todo] = value + slope * step  # the rest is of second order in a step below 1e-8
         w[todo] = here.real + step.real + 1j * np.abs(here.imag + step.imag)
         todo = todo[~(size < _SETTLED)]

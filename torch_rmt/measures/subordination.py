@@ -344,8 +344,14 @@ def _solve_known(
     w, done = _from_neighbours(geometry, z, *known)
     left = np.flatnonzero(~done)
     if left.size:
-        w[:, left], done[left] = _descend(geometry, z[left])
+        w[:, left], done[left] = _solve_unaided(geometry, z[left])
     return w, done
+
+
+def _solve_unaided(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points of which nothing is known."""
+    many = z.size > 4 * _COARSE or semicircle_row(geometry) is not None
+    return (_solve_axis if many and not np.any(z.imag) else _descend)(geometry, z)
 
 
 def solve(
@@ -365,16 +371,15 @@ def solve(
     on_axis = not np.any(z.imag)
     if on_axis and known is not None:
         w, done = _solve_known(geometry, z, known)
-    elif on_axis and (z.size > 4 * _COARSE or semicircle_row(geometry) is not None):
-        w, done = _solve_axis(geometry, z)
     else:
-        w, done = _descend(geometry, z)
-    if not done.all():
-        retry = np.flatnonzero(~done)  # isolated points where a coordinate is infinite: step aside by rounding
-        aside = z[retry] + 1e-13 * np.maximum(
-            np.abs(z[retry]), 0.0 if isinstance(geometry, LogGeometry) else geometry.scale
-        )
-        w[:, retry], done[retry] = _descend(geometry, aside)
+        w, done = _solve_unaided(geometry, z)
+    for hair in (1e-13, -1e-13, 1e-12):  # isolated points, as where a coordinate is infinite: step aside by rounding
+        retry = np.flatnonzero(~done)
+        if not retry.size:
+            break
+        size = np.maximum(np.abs(z[retry]), 0.0 if isinstance(geometry, LogGeometry) else geometry.scale)
+        aside = z[retry] + hair * size
+        w[:, retry], done[retry] = _solve_unaided(geometry, aside)
         z = z.copy()
         z[retry] = aside
     if not done.all():
