@@ -56,10 +56,10 @@ def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
     kept = 1.0
     last = max((i for i, c in enumerate(calls) if c.name not in SHAPING | _DROPOUT), default=-1)
     for i, call in enumerate(calls):
-        p = _dropped(call)
-        if p > 0 and call.name == "dropout" and i > last:
-            kept *= 1.0 - p
-        elif p > 0:
+        chance = _dropped(call)
+        if chance > 0 and call.name == "dropout" and i > last:
+            kept *= 1.0 - chance
+        elif chance > 0:
             notes.append(f"{call.where}: dropout is active and was taken as absent; model.eval() turns it off")
     if len(sources) != 1:
         join = next((c for c in calls if len(_sources_of(graph, c, stops)) > 1), calls[-1] if calls else None)
