@@ -63,7 +63,7 @@ def haar_rotated(chain: tuple[Discrete | str, ...], n: int, seed: int) -> np.nda
     return torch.linalg.svdvals(product).numpy() ** 2
 
 
-@pytest.mark.parametrize("name", ["two, a gap", "three", "an atom in the gap", "two and a Gaussian layer"])
+@pytest.mark.parametrize("name", ["two, a gap", "three", "an atom in the gap"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_law_of_haar_rotated_matrices(name: str, seed: int) -> None:
     """The mean distance of the quantiles stays below a multiple of 1 / n at two widths."""
@@ -85,7 +85,6 @@ def test_the_law_of_haar_rotated_matrices(name: str, seed: int) -> None:
     [
         (Discrete([1.0, 1.0 + 1e-7]), Discrete([1.0, 1.0 + 1e-6])),
         (Discrete(np.geomspace(1e-3, 1.0, 25)), Discrete(np.geomspace(1e-3, 1.0, 25))),
-        (Discrete([1e-6, 1.0]), Discrete([1e-4, 1.0], [0.1, 0.9])),
     ],
 )
 @pytest.mark.parametrize("widths", [(100, 100, 100), (50, 100, 100)])
