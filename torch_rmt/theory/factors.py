@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,9 +38,8 @@ class Factors:
         terms: closed-form factors (a + b M)^count, as a dict (a, b) -> count.
         kinds: implicit factors (law, scale) -> count, laws shared by identity.
         rank: dimension of the image over n_0.
-        kept: dimension, over n_0, of the subspace on which all factors so far are one constant; None once a Gaussian
-            layer has mixed everything.
-        log_kept: log of that constant, in units of the scale.
+        constants: (dimension over n_0, log of the constant in units of the scale) of the subspaces on which every
+            factor so far is one constant; none once a Gaussian layer has mixed everything.
         plain: True while all layers are square.
         atomic: the laws so far with their counts, scaled to mean one, while all factors are atoms in the space of the
             input; None once one is not.
@@ -49,8 +49,7 @@ class Factors:
     terms: dict[tuple[float, float], float] = field(default_factory=dict)
     kinds: dict[tuple[int, float], tuple[NodeLaw, float]] = field(default_factory=dict)
     rank: float = 1.0
-    kept: float | None = 1.0
-    log_kept: float = 0.0
+    constants: list[tuple[float, float]] = field(default_factory=lambda: [(1.0, 0.0)])
     gaussians: int = 0
     plain: bool = True
     atomic: list[tuple[NodeLaw, float]] | None = field(default_factory=list)
@@ -65,18 +64,20 @@ class Factors:
 
     def add_law(self, law: NodeLaw, scale: float, count: float = 1.0) -> None:
         """Multiply by `count` factors with the law of s in a space of dimension n_0 / scale; scaled to mean one."""
-        top = max(law.atoms, key=lambda atom: atom[1] if atom[0] > 0 else -1.0, default=(1.0, 0.0))
         at_zero = law.mass_at(0.0)
         self.rank = min(self.rank, (1.0 - at_zero) / scale)
-        constant = top if top[0] > 0 else (1.0, 0.0)
         mean = law.moment(1)
         if self.atomic is not None and not law.ranges and scale == 1.0:
             self.atomic.append((law.scaled(1.0 / mean), count))
         else:
             self.atomic = None
-        if self.kept is not None:
-            self.kept -= count * (1.0 - constant[1]) / scale
-            self.log_kept += count * float(np.log(constant[0] / mean))
+        # Subspaces in general position meet in what their dimensions leave over.
+        self._narrow(
+            (kept - count * (1.0 - mass) / scale, log + count * float(np.log(place / mean)))
+            for kept, log in self.constants
+            for place, mass in law.atoms
+            if place > 0
+        )
         if not law.ranges and len(law.atoms) - (at_zero > 0) == 1:
             # {0, s}: w = s (u + p) / u, in closed form.
             p = 1.0 - at_zero
@@ -112,17 +113,19 @@ class Factors:
         if layer.ensemble == "gaussian":
             self.log_scale += float(np.log(layer.n_out / layer.n_in))
             self.add_term(1.0, after)
-            self.kept = None
+            self.constants = []
             self.gaussians += 1
         elif layer.n_out > layer.n_in:
             self.log_scale += float(np.log(layer.n_out / layer.n_in))
         elif layer.n_out < layer.n_in:
             self.add_term(layer.n_out / layer.n_in, before)
             self.add_term(1.0, before, -1.0)
-            if self.kept is not None:
-                self.kept -= (layer.n_in - layer.n_out) / first
-                # The constant is in units of the scale, of which the projection's mean n_out / n_in is a part.
-                self.log_kept -= float(np.log(layer.n_out / layer.n_in))
+            # The constant is in units of the scale, of which the projection's mean n_out / n_in is a part.
+            lost, rise = (layer.n_in - layer.n_out) / first, float(np.log(layer.n_out / layer.n_in))
+            self._narrow((kept - lost, log - rise) for kept, log in self.constants)
+
+    def _narrow(self, constants: Iterable[tuple[float, float]]) -> None:
+        self.constants = [(kept, log) for kept, log in constants if kept > 1e-12]
 
     def single_law(self) -> tuple[list[float], list[float]] | None:
         """(log locations, masses) where the whole law is atoms: no mixing factor, or one Discrete law alone."""
@@ -137,9 +140,9 @@ class Factors:
                 [float(np.log(s / mean)) + self.log_scale if s > 0 else -np.inf for s, _ in law.atoms],
                 [mass for _, mass in law.atoms],
             )
-        if self.kept is not None and abs(self.kept - self.rank) < 1e-12:
+        if len(self.constants) == 1 and abs(self.constants[0][0] - self.rank) < 1e-12:
             # One projection, or none: the rest of the space is the null space.
-            value = self.log_scale + self.log_kept
+            value = self.log_scale + self.constants[0][1]
             if self.rank > 1.0 - 1e-12:
                 return [value], [1.0]
             return [float("-inf"), value], [1.0 - self.rank, self.rank]
@@ -154,9 +157,7 @@ class Factors:
         atoms: list[tuple[float, float]] = []
         if self.rank < 1.0 - 1e-14:
             atoms.append((float("-inf"), 1.0 - self.rank))
-        if self.kept is not None and self.kept > 1e-12:
-            atoms.append((self.log_kept, self.kept))
-        return tuple(atoms)
+        return (*atoms, *((log, kept) for kept, log in self.constants))
 
     def moments(self) -> Float[np.ndarray, " orders"]:
         """Moments 0 to 8 in units of the scale, from the product of S-transforms."""
