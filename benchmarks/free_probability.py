@@ -1,14 +1,15 @@
 """Densities of free convolutions at 1,000 points: time and error beside freealg and rmtool, in one run.
 
-Run: python benchmarks/free_probability.py [--repeats 5], with freealg and rmtool (PyPI) installed or not.
-The reference of each row is known without any of the three: a closed form, or the mass of the density.
-FreeNN's Newton lilypads are on no registry; what they were seen to do is in the notes of the project.
+Run: python benchmarks/free_probability.py [--repeats 5] [--lilypads FOLDER], with freealg and rmtool (PyPI) installed
+or not; FOLDER is a checkout of FreeNN, which is on no registry (its scripts need click). CPU time. The reference of
+each row is known without any of the rivals: a closed form, or the mass of the density.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from torch_rmt.measures import (
     free_mul,
     free_power,
 )
+from torch_rmt.theory import Architecture, jacobian_spectrum
 
 POINTS = 1000
 
@@ -43,9 +45,9 @@ def timed(work: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarr
     """Best time in milliseconds and the result."""
     best, result = np.inf, np.zeros(0)
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         result = np.asarray(work())
-        best = min(best, 1e3 * (time.perf_counter() - start))
+        best = min(best, 1e3 * (time.process_time() - start))
     return best, result
 
 
@@ -87,6 +89,26 @@ def against_rmtool(rmtool: ModuleType, repeats: int) -> None:
     line("two points + semicircle | rmtool", ours, rival, truth)
 
 
+def against_lilypads(folder: str, repeats: int) -> None:
+    """Linear Gaussian networks by Newton lilypads, down to a height of 1e-4; ours by the solver of deep Jacobians."""
+    sys.path.insert(0, folder)
+    lilypads = importlib.import_module("experiments.newton_lilypads")
+    for depth in (2, 4, 8, 16):
+        law = FussCatalan(depth)
+        low, high = 0.005 * law.bounds()[1], 0.99 * law.bounds()[1]
+        x = np.linspace(low, high, POINTS)
+        network = Architecture.mlp(depth=depth, width=500, activation=None, sigma_w=1.0)
+        ours = timed(lambda x=x, network=network: jacobian_spectrum(network).measure.density(x), repeats)
+        ones, window = [1.0] * depth, (low, high)
+        rival = timed(
+            lambda ones=ones, window=window: lilypads.run_as_module(
+                ones, ones, interval=window, N=POINTS, ignoreNonLinearity=True
+            )["density"],
+            1,
+        )
+        line(f"{depth} Gaussian layers, network law | lilypads", ours, rival, law.density(x))
+
+
 def alone(repeats: int) -> None:
     """What no other library answers: the time of the density, and of support and 300 quantiles from scratch."""
     generator = np.random.default_rng(0)
@@ -111,7 +133,9 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--lilypads", metavar="FOLDER", help="a checkout of FreeNN")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
     warnings.simplefilter("ignore")
     print(f"{'density at 1,000 points':42} {'torch_rmt':>11} {'error':>8}   {'rival':>12} {'error':>8}   ratio")
     rivals = {"freealg": against_freealg, "rmtool": against_rmtool}
@@ -121,6 +145,10 @@ def main() -> None:
             print(f"{name}: not installed")
         else:
             compare(module, repeats)
+    if arguments.lilypads is None:
+        print("lilypads: no --lilypads FOLDER was given")
+    else:
+        against_lilypads(arguments.lilypads, repeats)
     alone(repeats)
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import Complex, Float
+from scipy.interpolate import CubicSpline
 from scipy.optimize import brentq
 
 from torch_rmt.theory.slope_law import NodeLaw, x_log_x
@@ -121,8 +122,9 @@ class EqualLayers:
         """Arg w in (0, pi) with Im t = 0, by bracketed Newton; r must lie inside an arc."""
         low, high = np.zeros_like(r), np.full_like(r, np.pi)
         angle = np.full_like(r, 1.0)
+        moved = np.full(r.shape, np.inf)
         active = np.arange(r.size)
-        for step in range(80):
+        for _ in range(80):
             here = angle[active]
             t, rate, _ = self.evaluate(r[active] * np.exp(1j * here))
             below = t.imag < 0
@@ -132,7 +134,9 @@ class EqualLayers:
             )
             with np.errstate(all="ignore"):
                 new = here - t.imag / rate.real
-            inside = (new > low[active]) & (new < high[active]) & (step % 3 != 2)
+            # A Newton step counts while it shrinks by halves, as where it converges; the bracket is cut otherwise.
+            shrinks = np.abs(new - here) < 0.5 * moved[active]
+            inside = (new > low[active]) & (new < high[active]) & shrinks
             # Near an edge the angle is small: halve it in ratio, not in difference.
             middle = np.where(
                 low[active] > 0,
@@ -140,6 +144,7 @@ class EqualLayers:
                 np.minimum(0.5, 1e-2 + high[active]) * high[active],
             )
             new = np.where(inside, new, middle)
+            moved[active] = np.abs(new - here)
             angle[active] = new
             # Newton polishes what the table starts; here the branch is what counts.
             active = active[(np.abs(new - here) > 1e-8 * here) & (here > 1e-14)]
@@ -226,7 +231,7 @@ class EqualLayers:
     def _solve_arc(
         self, t: Reals, low: float, high: float, table: tuple[Knots, Knots, Knots, Knots]
     ) -> tuple[Points, Points]:
-        x, knots, log_r, angle = table
+        _, knots, log_r, angle = table
 
         def straight(values: Reals) -> Reals:
             # t leaves an edge as x^2: in this variable x is nearly linear.
@@ -234,19 +239,17 @@ class EqualLayers:
                 return np.sqrt(np.maximum(high - values, 0.0))
             return np.arccos(np.clip(2 * (values - low) / (high - low) - 1, -1, 1))
 
-        ends = (np.array([0.0]), np.array([straight(np.array([low]))[0]])) if np.isfinite(low) else None
-        at = straight(knots)
-        if ends is None:
-            place = np.interp(straight(t), np.concatenate([[0.0], at]), np.concatenate([[0.0], x]))
-            beyond = straight(t) > at[-1]
-        else:
-            place = np.interp(straight(t), np.concatenate([[0.0], at, [np.pi]]), np.concatenate([[0.0], x, [1.0]]))
-            beyond = np.zeros(t.shape, dtype=bool)
+        at, here = straight(knots), straight(t)
         first = log_r[0] + (log_r[0] - log_r[1]) / 8
-        edge_r = np.concatenate([[first], log_r, [log_r[-1] + (log_r[-1] - log_r[-2]) / 8]])
-        edge_a = np.concatenate([[0.0], angle, [angle[-1] if ends is None else 0.0]])
-        grid = np.concatenate([[0.0], x, [1.0]])
-        log_w = np.interp(place, grid, edge_r) + 1j * np.maximum(np.interp(place, grid, edge_a), 1e-9)
+        places, curve = np.concatenate([[0.0], at]), np.concatenate([[first + 0j], log_r + 1j * angle])
+        beyond = np.zeros(t.shape, dtype=bool)
+        if np.isinf(low):
+            beyond = here > at[-1]
+        else:
+            last = log_r[-1] + (log_r[-1] - log_r[-2]) / 8
+            places, curve = np.append(places, np.pi), np.append(curve, last + 0j)
+        log_w = CubicSpline(places, curve)(here)
+        log_w = log_w.real + 1j * np.clip(log_w.imag, 1e-9, np.pi)
         log_w, u, error = self._polish(log_w, t)
         bad = np.flatnonzero(~(error < 1e-8) & ~beyond)
         if bad.size:

@@ -168,7 +168,12 @@ class JacobianLaw(SpectralMeasure):
         t = np.interp(flat, values, knots)
         low = knots[np.clip(np.searchsorted(values, flat, side="left") - 1, 0, len(knots) - 1)]
         high = knots[np.clip(np.searchsorted(values, flat, side="left"), 0, len(knots) - 1)]
-        active = np.flatnonzero(high > low)
+        at_atom = np.zeros(flat.shape, dtype=bool)
+        for location, mass in self.log_atoms:
+            below = float(self._cdf_log(np.array([location]))[0]) if location > -np.inf else mass
+            here_too = (flat > below - mass - 1e-15) & (flat <= below + 1e-15)
+            t[here_too], at_atom = location, at_atom | here_too
+        active = np.flatnonzero((high > low) & ~at_atom)
         for _ in range(40):
             here = t[active]
             w, u = self.solver.solve(here)
@@ -187,10 +192,7 @@ class JacobianLaw(SpectralMeasure):
             if not len(active):
                 break
         # Below the table lambda underflows.
-        below, result = 0.0, np.where(flat < values[0] - 1e-12, -np.inf, t)
-        for location, mass in self.log_atoms:
-            below = float(self._cdf_log(np.array([location]))[0]) if location > -np.inf else mass
-            result = np.where((flat > below - mass - 1e-15) & (flat <= below + 1e-15), location, result)
+        result = np.where((flat < values[0] - 1e-12) & ~at_atom, -np.inf, t)
         low_end, high_end = self._log_bounds()
         result = np.where(flat <= 0, low_end, np.where(flat >= 1, high_end, result))
         return np.asarray((result + self.log_scale).reshape(levels.shape))
