@@ -178,3 +178,13 @@ def test_a_coarse_measurement_decides_nothing(seed: int) -> None:
     assert report(60).agrees is False
     assert report(2).agrees is None
     assert "Too coarse" in report(2).verdict
+
+
+def test_a_stated_error_of_zero_is_taken_at_its_word() -> None:
+    spectrum, law = measured(), Semicircle()
+    floors = [
+        {d.kind: d.noise for d in compare(spectrum, Prediction(law, finite_size_error=error)).distances}["kolmogorov"]
+        for error in (0.0, None)
+    ]
+    assert floors[0] == pytest.approx(0.5 / spectrum.dim)
+    assert floors[1] > floors[0] + 1 / spectrum.dim

@@ -129,10 +129,11 @@ def noise_floor(
     spectrum: Spectrum, prediction: Prediction, *, shape: bool = False, zero: float = 0.0, size: float | None = None
 ) -> float:
     """Kolmogorov distance to expect if the law were right: finite width, probes, steps of the data beyond `zero`."""
-    width, stated = 0.0, prediction.finite_size_error
-    if not shape and stated is not None and math.isfinite(stated):
-        width = stated
-    if width == 0.0 or (size is not None and size < spectrum.dim):
+    stated = prediction.finite_size_error
+    if shape or stated is None or not math.isfinite(stated):
+        stated = None
+    width = 0.0 if stated is None else stated
+    if stated is None or (size is not None and size < spectrum.dim):
         # Eigenvalues are rigid, but how many sit on an atom is a binomial number.
         binomial = max((m * (1 - m) for _, m in prediction.measure.atoms()), default=0.0)
         units = spectrum.dim if size is None else min(size, spectrum.dim)

@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_rmt.describe.common_q import pool_q
 from torch_rmt.describe.forward_graph import ForwardGraph, record
-from torch_rmt.describe.links import activation_of, layer_of, names_of, output_number, read_links, way_between
+from torch_rmt.describe.links import activation_of, layer_of, names_of, read_links, start_of, way_of
 from torch_rmt.describe.stretch import stretch_to
 from torch_rmt.measures import PointMass
 from torch_rmt.theory import Architecture, Layer
@@ -63,13 +63,20 @@ def describe_between(module: nn.Module, example_input: Any, source: str | None, 
         ValueError: something on the way was not understood, or a name is wrong.
     """
     graph = record(module, example_input)
-    stop = graph.inputs[0] if source is None else output_number(graph, module, source)
-    end = graph.output if target is None else output_number(graph, module, target)
-    chain = _chain_between(graph, stop, end)
-    if isinstance(chain, str):
+    start, way = start_of(graph, module, source), way_of(graph, module, source, target)
+    width, second_moment = graph.size(start), graph.mean_square.get(start)
+    layers: list[Layer] = []
+    if way.first is not None or way.first_stretch.dropout > 0:
+        one = Layer(width, width, way.first, 1.0, ensemble=PointMass(1.0), q=second_moment, name="source")
+        layers.append(replace(one, dropout=way.first_stretch.dropout))
+    for use, stretch, following in way.links:
+        layer = layer_of(graph, use, following, layers[-1].n_out if layers else width)
+        layer = replace(layer, sigma_w=layer.sigma_w * math.sqrt(use.kept), dropout=stretch.dropout)
+        layers.append(layer if following is None else replace(layer, q=graph.mean_square.get(use.output)))
+    if not layers:
         first, last = source or "the input", target or "the output"
-        raise ValueError(f"the way from {first} to {last} was not understood: {chain}")
-    return chain
+        raise ValueError(f"the way from {first} to {last} was not understood: source and target are the same place")
+    return Architecture(pool_q(layers), second_moment, way.notes)
 
 
 def default_ends(module: nn.Module, example_input: Any) -> tuple[str | None, str | None]:
@@ -144,21 +151,3 @@ def _longest_chain(graph: ForwardGraph) -> Architecture:
     if first.activation is not None and not first.before.problems:
         unknown.append(f"{first.use.name}: the input passes through {first.activation.name} first")
     return Architecture(tuple(layers), second_moment, tuple(dict.fromkeys(unknown)))
-
-
-def _chain_between(graph: ForwardGraph, start: int, end: int) -> Architecture | str:
-    way = way_between(graph, start, end)
-    if isinstance(way, str):
-        return way
-    width, second_moment = graph.size(start), graph.mean_square.get(start)
-    layers: list[Layer] = []
-    if way.first is not None or way.first_stretch.dropout > 0:
-        one = Layer(width, width, way.first, 1.0, ensemble=PointMass(1.0), q=second_moment, name="source")
-        layers.append(replace(one, dropout=way.first_stretch.dropout))
-    for use, stretch, following in way.links:
-        layer = layer_of(graph, use, following, layers[-1].n_out if layers else width)
-        layer = replace(layer, sigma_w=layer.sigma_w * math.sqrt(use.kept), dropout=stretch.dropout)
-        layers.append(layer if following is None else replace(layer, q=graph.mean_square.get(use.output)))
-    if not layers:
-        return "source and target are the same place"
-    return Architecture(pool_q(layers), second_moment, way.notes)

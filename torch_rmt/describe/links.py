@@ -65,6 +65,25 @@ class Way:
     notes: tuple[str, ...]
 
 
+def way_of(graph: ForwardGraph, module: nn.Module, source: str | None, target: str | None) -> Way:
+    """The way from one module's output to another's; None is the network's input or output.
+
+    Raises:
+        ValueError: something on the way was not understood, or a name is wrong.
+    """
+    start = start_of(graph, module, source)
+    way = way_between(graph, start, graph.output if target is None else output_number(graph, module, target))
+    if isinstance(way, str):
+        first, last = source or "the input", target or "the output"
+        raise ValueError(f"the way from {first} to {last} was not understood: {way}")
+    return way
+
+
+def start_of(graph: ForwardGraph, module: nn.Module, source: str | None) -> int:
+    """Number of the tensor where a way begins."""
+    return graph.inputs[0] if source is None else output_number(graph, module, source)
+
+
 def way_between(graph: ForwardGraph, start: int, end: int) -> Way | str:
     """Follow the end back to the start, weight by weight; a string says why that cannot be done."""
     stops = {use.output for use in graph.weights} | set(graph.inputs) | {start}
