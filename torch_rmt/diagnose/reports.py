@@ -13,7 +13,7 @@ from torch_rmt.describe import default_ends, describe_between, independent_size
 from torch_rmt.diagnose.measuring import first_sample, measure
 from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import Combination, Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
-from torch_rmt.theory import jacobian_spectrum
+from torch_rmt.theory import Residual, jacobian_spectrum
 
 
 def jacobian_report(
@@ -36,7 +36,9 @@ def jacobian_report(
     facts: dict[str, float] = {}
     try:
         architecture = describe_between(model, sample, source, target)
-        facts["depth"] = depth = float(sum(isinstance(layer.ensemble, str) for layer in architecture.layers))
+        facts["depth"] = depth = float(
+            sum(isinstance(layer, Residual) or isinstance(layer.ensemble, str) for layer in architecture.layers)
+        )
         mean = spectrum.moment(1)[0]
         if mean > 0:
             facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))

@@ -6,6 +6,7 @@ from torch_rmt.theory.activation import as_activation as as_activation
 from torch_rmt.theory.activation import leaky_relu as leaky_relu
 from torch_rmt.theory.architecture import Architecture as Architecture
 from torch_rmt.theory.architecture import Layer as Layer
+from torch_rmt.theory.architecture import Residual as Residual
 from torch_rmt.theory.conjugate_kernel import conjugate_kernel_spectrum as conjugate_kernel_spectrum
 from torch_rmt.theory.conjugate_kernel import neural_tangent_spectrum as neural_tangent_spectrum
 from torch_rmt.theory.conjugate_kernel_law import KernelLayer as KernelLayer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -15,6 +17,18 @@ from torch_rmt.theory.moments import is_scale_invariant, mean_value, second_mome
 
 Ensemble = Literal["gaussian", "orthogonal"]
 Normalisation = Literal["layer", "rms", "batch"]
+
+
+def checked_normalisation(normalisation: Normalisation | None) -> None:
+    """Raise unless it is one that is known."""
+    if normalisation not in (None, "layer", "rms", "batch"):
+        raise ValueError(f"normalisation is 'layer', 'rms', 'batch' or None, not {normalisation!r}.")
+
+
+def checked_mean_square(q: Number | None) -> None:
+    """Raise unless q is unknown or a mean square."""
+    if q is not None and not (np.isfinite(q) and q >= 0):
+        raise ValueError(f"q is a mean square: it must be finite and >= 0, got {q}.")
 
 
 @dataclass(frozen=True)
@@ -52,21 +66,103 @@ class Layer:
 
     def __post_init__(self) -> None:
         checked_dropout(self.dropout)
-        if self.normalisation not in (None, "layer", "rms", "batch"):
-            raise ValueError(f"normalisation is 'layer', 'rms', 'batch' or None, not {self.normalisation!r}.")
+        checked_normalisation(self.normalisation)
         if self.n_in < 1 or self.n_out < 1:
             raise ValueError(f"a layer needs widths of at least 1, got {self.n_in} -> {self.n_out}.")
         checked_sigma("sigma_w", self.sigma_w)
         checked_sigma("sigma_b", self.sigma_b)
         if isinstance(self.ensemble, str) and self.ensemble not in ("gaussian", "orthogonal"):
             raise ValueError(f"ensemble is 'gaussian', 'orthogonal' or a measure, not {self.ensemble!r}.")
-        if self.q is not None and not (np.isfinite(self.q) and self.q >= 0):
-            raise ValueError(f"q is a mean square: it must be finite and >= 0, got {self.q}.")
+        checked_mean_square(self.q)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One block x -> dropout(activation(norm(s(x) + branch(x)))), s the shortcut; s(x) and branch(x) have one size.
+
+    Fields:
+        branch: from x to branch(x); a branch may hold blocks itself.
+        shortcut: () for the identity; else the layers of a projection.
+        activation: of the sum (post-activation networks); None without one.
+        q: mean square of what the activation sees, where it is known; None leaves it to the recursion.
+        name: the module's name where the block was read off a module.
+        dropout: behind the activation, as in `Layer`.
+        normalisation: of the sum, in front of the activation (post-norm transformers), as in `Layer`.
+
+    Raises:
+        ValueError: an empty branch, widths that do not fit, a negative q.
+
+    Example:
+        >>> tanh = as_activation("tanh")
+        >>> Residual((Layer(64, 64, tanh, 1.0), Layer(64, 64, None, 0.2))).n_out
+        64
+    """
+
+    branch: tuple[Layer | Residual, ...]
+    shortcut: tuple[Layer, ...] = ()
+    activation: Activation | None = None
+    q: Number | None = None
+    name: str = ""
+    dropout: Number = 0.0
+    normalisation: Normalisation | None = None
+
+    def __post_init__(self) -> None:
+        what = f"residual block {self.name!r}" if self.name else "a residual block"
+        if not self.branch:
+            raise ValueError(f"{what} needs a branch: x + nothing is x.")
+        checked_chain(self.branch)
+        checked_chain(self.shortcut)
+        for end, first, last in (
+            ("takes", self.n_in, self.branch[0].n_in),
+            ("gives", self.n_out, self.branch[-1].n_out),
+        ):
+            if first != last:
+                way = "shortcut" if self.shortcut else "identity shortcut"
+                raise ValueError(f"{what} does not add up: its {way} {end} {first} values and its branch {last}.")
+        checked_dropout(self.dropout)
+        checked_normalisation(self.normalisation)
+        checked_mean_square(self.q)
+
+    @property
+    def n_in(self) -> int:
+        """Size of x."""
+        return self.shortcut[0].n_in if self.shortcut else self.branch[0].n_in
+
+    @property
+    def n_out(self) -> int:
+        """Size of the sum."""
+        return self.shortcut[-1].n_out if self.shortcut else self.n_in
+
+
+def checked_chain(layers: Sequence[Layer | Residual]) -> None:
+    """Raise unless each takes what the one before gives."""
+    for before, after in pairwise(layers):
+        if before.n_out != after.n_in:
+            raise ValueError(
+                f"layers do not fit: {before.name or 'one'} gives {before.n_out} values and "
+                f"{after.name or 'the next'} takes {after.n_in}."
+            )
+
+
+def plain_layers(architecture: Architecture) -> tuple[Layer, ...]:
+    """The layers of a chain without residual blocks.
+
+    Raises:
+        ValueError: a block is in the chain.
+    """
+    layers = tuple(layer for layer in architecture.layers if isinstance(layer, Layer))
+    if len(layers) < len(architecture.layers):
+        block = next(layer for layer in architecture.layers if isinstance(layer, Residual))
+        raise ValueError(
+            f"residual block {block.name!r} is no plain layer, and no formula here covers it: take a stretch without "
+            "blocks, or what `jacobian_spectrum` gives."
+        )
+    return layers
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A chain of layers.
+    """A chain of layers and residual blocks.
 
     Fields:
         layers: from the input to the output.
@@ -75,19 +171,14 @@ class Architecture:
         unknown: names of the modules that were not understood, with the reason; a prediction states them.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer | Residual, ...]
     input_second_moment: Number | None = None
     unknown: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("an architecture needs at least one layer.")
-        for before, after in zip(self.layers[:-1], self.layers[1:], strict=True):
-            if before.n_out != after.n_in:
-                raise ValueError(
-                    f"layers do not fit: {before.name or 'one'} gives {before.n_out} values and "
-                    f"{after.name or 'the next'} takes {after.n_in}."
-                )
+        checked_chain(self.layers)
         moment = self.input_second_moment
         if moment is not None and not (np.isfinite(moment) and moment >= 0):
             raise ValueError(f"the input's second moment must be finite and >= 0, got {moment}.")
@@ -186,8 +277,9 @@ def propagate(architecture: Architecture) -> tuple[Signal, ...]:
     result: list[Signal] = []
     known: dict[tuple[int, float, float, float], float] = {}
     second, mean = architecture.input_second_moment, 0.0
-    needs_mean = any(layer.normalisation is not None for layer in architecture.layers)
-    for layer in architecture.layers:
+    layers = plain_layers(architecture)
+    needs_mean = any(layer.normalisation is not None for layer in layers)
+    for layer in layers:
         incoming, keep = second, 1.0 - float(layer.dropout)
         if layer.normalisation is not None and incoming is None:
             # As if a like layer came before.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
-from torch_rmt.theory.architecture import Architecture, Layer, Signal
+from torch_rmt.theory.architecture import Architecture, Layer, Signal, plain_layers
 from torch_rmt.theory.atomic_chain import AtomicChain
 from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.chain_parts import Kind, Term
@@ -211,7 +211,7 @@ def collect(architecture: Architecture, signals: tuple[Signal, ...]) -> Factors:
     # One orthogonal layer has w = z, on the cut itself: twice the nodes.
     order = 28 if len(architecture.layers) == 1 else 14
     alike: dict[tuple[int, float, float], tuple[Activation | None, list[float]]] = {}
-    for layer, signal in zip(architecture.layers, signals, strict=True):
+    for layer, signal in zip(plain_layers(architecture), signals, strict=True):
         factors.add_weights(layer, first)
         factors.log_scale -= float(np.log(signal.divisor))
         if layer.activation is not None or layer.dropout > 0:

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
-from torch_rmt.theory.architecture import Architecture
+from torch_rmt.theory.architecture import Architecture, plain_layers
 from torch_rmt.theory.gaussian import gaussian_rule
 from torch_rmt.theory.jacobian_law import JacobianLaw
 
@@ -32,7 +32,7 @@ def scale_variance(architecture: Architecture, moments: tuple[float, ...]) -> fl
     """
     total, following = 0.0, 0.0
     gain_after = 0.0
-    for layer, q in zip(reversed(architecture.layers), reversed(moments), strict=True):
+    for layer, q in zip(reversed(plain_layers(architecture)), reversed(moments), strict=True):
         if layer.activation is None or q <= 0:
             effect = 2.0 * (following * gain_after * q) ** 2 / layer.n_out if layer.activation is None else 0.0
             total += effect
@@ -86,7 +86,7 @@ def _response(architecture: Architecture, moments: tuple[float, ...], measure: J
     first = architecture.layers[0].n_in
     variance, following, gain_after = np.zeros(m.shape), np.zeros(m.shape), 0.0
     known: dict[tuple[int, int, int], _Units] = {}
-    for layer, q in zip(reversed(architecture.layers), reversed(moments), strict=True):
+    for layer, q in zip(reversed(plain_layers(architecture)), reversed(moments), strict=True):
         later = following * gain_after
         if layer.activation is None or q <= 0:
             own = 2.0 * (later * q) ** 2 if layer.ensemble == "gaussian" else np.zeros(m.shape)
@@ -167,7 +167,7 @@ def _rank_deviation(architecture: Architecture, moments: tuple[float, ...]) -> f
     first = architecture.layers[0].n_in
     live, spread = [], []
     known: dict[tuple[int, float], float] = {}
-    for layer, q in zip(architecture.layers, moments, strict=True):
+    for layer, q in zip(plain_layers(architecture), moments, strict=True):
         if layer.activation is None or q <= 0 or not _has_dead_units(layer.activation):
             continue
         key = id(layer.activation), q

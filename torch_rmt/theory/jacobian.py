@@ -6,7 +6,7 @@ import numpy as np
 
 from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
-from torch_rmt.theory.architecture import Architecture, Signal, propagate
+from torch_rmt.theory.architecture import Architecture, Signal, plain_layers, propagate
 from torch_rmt.theory.atomic_chain import AtomicChain
 from torch_rmt.theory.factors import Factors, collect
 from torch_rmt.theory.finite_size import expected_distance
@@ -72,7 +72,7 @@ def _masked_or_normalised(architecture: Architecture) -> bool:
 def _scalars(architecture: Architecture, signals: tuple[Signal, ...], measure: SpectralMeasure) -> dict[str, float]:
     scalars: dict[str, float] = {}
     logs = []
-    for index, (layer, signal) in enumerate(zip(architecture.layers, signals, strict=True)):
+    for index, (layer, signal) in enumerate(zip(plain_layers(architecture), signals, strict=True)):
         name = layer.name or str(index)
         gain = layer.sigma_w**2
         if isinstance(layer.ensemble, SpectralMeasure):
@@ -102,7 +102,7 @@ def _assumptions(architecture: Architecture) -> tuple[str, ...]:
             "q of each layer at its mean-field value: in one drawn network the common fluctuation of q, of order "
             "1 / sqrt(width), shifts the whole spectrum; compare in log lambda"
         )
-    if architecture.input_second_moment is None and any(layer.q is None for layer in architecture.layers):
+    if architecture.input_second_moment is None and any(layer.q is None for layer in plain_layers(architecture)):
         lines.append("every pre-activation at the fixed point q* of its layer")
     if any(layer.dropout > 0 for layer in architecture.layers):
         lines.append("one dropout mask a forward pass, drawn independently of the weights")
@@ -110,7 +110,7 @@ def _assumptions(architecture: Architecture) -> tuple[str, ...]:
         lines.append("a normalisation over units divides by their root mean square; the direction it removes is one")
     if any(layer.normalisation == "batch" for layer in architecture.layers):
         lines.append("batch statistics of many inputs that are independent of each other, held fixed for one of them")
-    if any(not isinstance(layer.ensemble, str) for layer in architecture.layers):
+    if any(not isinstance(layer.ensemble, str) for layer in plain_layers(architecture)):
         lines.append("measured weight spectra taken as free from what follows and precedes them")
     lines += [f"not understood and left out: {name}" for name in architecture.unknown]
     return tuple(lines)
