@@ -54,12 +54,12 @@ class Budget:
         """Whether `cost` more seconds can be spent now.
 
         Args:
-            cost: of the measurement. reserve: kept for the end of the run. With it, one measurement takes
-            half of what is left at most, so
+            cost: of the measurement.
+            reserve: kept for the end of the run. With it, one measurement takes a quarter of what is left at most, so
                 that what is cheap goes on when what is dear has to stop. None at the end itself.
         """
         left = max(self.seconds, self.fraction * self.elapsed) - self.spent
-        return cost <= left if reserve is None else cost <= 0.5 * (left - reserve)
+        return cost <= left if reserve is None else cost <= 0.25 * (left - reserve)
 
     @contextmanager
     def charged(self) -> Iterator[None]:
