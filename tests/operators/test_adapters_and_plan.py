@@ -159,3 +159,20 @@ def test_the_choice_is_remembered_and_readable() -> None:
     assert H.engine.startswith("vjp of grad (agrees with double backward to")
     again = Hessian(H.pure.module, F.cross_entropy, (H.batches[0].inputs, H.batches[0].targets))
     assert again.engine == H.engine
+
+
+def test_operators_add_and_multiply_as_matrices_do() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    A, B, v = Dense(a), Dense(b), torch.randn(3, dtype=torch.float64)
+    torch.testing.assert_close(dense(2.0 * A - B * 0.5 + -A), a - 0.5 * b)
+    torch.testing.assert_close(dense((A - B).adjoint()), (a - b).T)
+    torch.testing.assert_close((A + B) @ v, (a + b) @ v)
+    torch.testing.assert_close(A @ v[:, None], (a @ v)[:, None])
+    assert (Dense(torch.eye(2), symmetric=True) * 2).positive is False  # nothing declared, nothing gained
+    with pytest.raises(ValueError, match="does not multiply"):
+        A @ torch.ones(4)
+    with pytest.raises(TypeError):
+        A + 1.0  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        A * B  # type: ignore[operator]

@@ -12,7 +12,7 @@ from torch_rmt.compare import Report, compare, freeness_gap
 from torch_rmt.describe import default_ends, describe_between, independent_size
 from torch_rmt.diagnose.measuring import first_sample, measure
 from torch_rmt.learning_rate import largest_eigenvalue
-from torch_rmt.operators import Combination, Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
+from torch_rmt.operators import Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
 from torch_rmt.theory import Residual, jacobian_spectrum
 
 
@@ -57,7 +57,7 @@ def hessian_report(
     is converged, unlike the ends of the estimated spectrum.
     """
     hessian, gauss_newton = Hessian(model, loss, batch), GaussNewton(model, loss, batch)
-    residual = Combination([hessian, gauss_newton], [1.0, -1.0])
+    residual = hessian - gauss_newton
     parts = [measure(gauss_newton, seed + 1), measure(residual, seed + 2)]
     whole, facts = measure(hessian, seed), _top(hessian, seed)
     try:

@@ -1,8 +1,8 @@
 """A module and a batch as linear operators."""
 
 from torch_rmt.operators.adapters import from_curvlinops, from_scipy, to_scipy
-from torch_rmt.operators.arithmetic import Combination, Dense, Scaled, Transposed, dense
-from torch_rmt.operators.base import LinearOperator
+from torch_rmt.operators.arithmetic import Dense, Scaled, Transposed, dense
+from torch_rmt.operators.base import Combination, LinearOperator
 from torch_rmt.operators.blocks import layer_blocks
 from torch_rmt.operators.closure import ClosureHessian, adam_scale
 from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian

@@ -1,39 +1,17 @@
-"""New operators from old ones: dense matrices, transposes, sums, diagonal scaling."""
+"""New operators from old ones: dense matrices, transposes, diagonal scaling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_rmt.operators.base import LinearOperator
+from torch_rmt.operators.base import Like, LinearOperator
 
 
-class _Like(LinearOperator):
-    """Shape, device and type taken from another operator."""
-
-    def __init__(self, like: LinearOperator) -> None:
-        self._like = like
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """As the operator it is made from."""
-        return self._like.shape
-
-    @property
-    def device(self) -> torch.device:
-        """As the operator it is made from."""
-        return self._like.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As the operator it is made from."""
-        return self._like.dtype
-
-
-class Transposed(_Like):
+class Transposed(Like):
     """Transpose of an operator that can multiply from the left; its adjoint is the operator itself."""
 
     def __init__(self, operator: LinearOperator, rmatmat: Callable[[Tensor], Tensor]) -> None:
@@ -97,39 +75,7 @@ class Dense(LinearOperator):
         return self if self.symmetric else Dense(self.matrix.T)
 
 
-class Combination(_Like):
-    """Linear combination `sum_i c_i A_i`, for example `H1 = H - G`.
-
-    Raises:
-        ValueError: no operators, or unequal shapes.
-
-    Example:
-        >>> A = Dense(torch.eye(2), symmetric=True)
-        >>> Combination((A, A), (1.0, -0.5)).matmat(torch.ones(2, 1)).flatten()
-        tensor([0.5000, 0.5000])
-    """
-
-    def __init__(self, operators: Sequence[LinearOperator], coefficients: Sequence[float]) -> None:
-        if not operators or len(operators) != len(coefficients):
-            raise ValueError("give as many coefficients as operators, and at least one")
-        if len({op.shape for op in operators}) != 1:
-            raise ValueError(f"operators of unequal shapes cannot be added: {[op.shape for op in operators]}")
-        super().__init__(operators[0])
-        self.operators, self.coefficients = tuple(operators), tuple(coefficients)
-        self.symmetric = all(op.symmetric for op in operators)
-        self.positive = all(op.positive for op in operators) and all(c >= 0 for c in coefficients)
-
-    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
-        """Columns `sum_i c_i A_i v`."""
-        terms = [c * op.matmat(V) for c, op in zip(self.coefficients, self.operators, strict=True)]
-        return torch.stack(terms).sum(0)
-
-    def adjoint(self) -> LinearOperator:
-        """Return the combination of the adjoints."""
-        return self if self.symmetric else Combination([op.adjoint() for op in self.operators], self.coefficients)
-
-
-class Scaled(_Like):
+class Scaled(Like):
     """Diagonal scaling from both sides, `D A D`, as an optimiser's preconditioner does; see `adam_scale`.
 
     Raises:

@@ -1,8 +1,9 @@
-"""`LinearOperator`: a matrix that one can only multiply by."""
+"""`LinearOperator`: a matrix that one can only multiply by, and sums of such matrices."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,9 @@ class LinearOperator(ABC):
     `symmetric` is declared by the class, never guessed from numbers. The adjoint of a symmetric operator is
     itself. `positive` is declared where the operator is positive semi-definite by construction; estimators then
     keep their nodes at zero or above, and refuse products that say otherwise.
+
+    Operators add, subtract and take numbers as factors, as matrices do: `hessian - gauss_newton`, `0.5 * hessian`. `@`
+    multiplies a vector or the columns of a matrix.
     """
 
     symmetric: bool = False
@@ -42,3 +46,93 @@ class LinearOperator(ABC):
     @abstractmethod
     def adjoint(self) -> LinearOperator:
         """Return the transposed operator."""
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        """Multiply by a vector `(columns,)` or by the columns of `(columns, k)`.
+
+        Raises:
+            ValueError: V has another length or more than two dimensions.
+        """
+        if V.ndim not in (1, 2) or V.shape[0] != self.shape[1]:
+            raise ValueError(f"an operator of shape {self.shape} does not multiply a tensor of shape {tuple(V.shape)}")
+        return self.matmat(V) if V.ndim == 2 else self.matmat(V[:, None])[:, 0]
+
+    def __add__(self, other: LinearOperator) -> Combination:
+        """Return A + B."""
+        return _combined(self, other, 1.0)
+
+    def __sub__(self, other: LinearOperator) -> Combination:
+        """Return A - B."""
+        return _combined(self, other, -1.0)
+
+    def __mul__(self, factor: float) -> Combination:
+        """Return c A."""
+        return Combination((self,), (float(factor),)) if isinstance(factor, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Combination:
+        """Return -A."""
+        return self * -1.0
+
+
+def _combined(a: LinearOperator, b: LinearOperator, sign: float) -> Combination:
+    return Combination((a, b), (1.0, sign)) if isinstance(b, LinearOperator) else NotImplemented
+
+
+class Like(LinearOperator):
+    """Shape, device and type taken from another operator."""
+
+    def __init__(self, like: LinearOperator) -> None:
+        self._like = like
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As the operator it is made from."""
+        return self._like.shape
+
+    @property
+    def device(self) -> torch.device:
+        """As the operator it is made from."""
+        return self._like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the operator it is made from."""
+        return self._like.dtype
+
+
+class Combination(Like):
+    """Linear combination `sum_i c_i A_i`, what `H - G` makes.
+
+    Raises:
+        ValueError: no operators, or unequal shapes.
+
+    Example:
+        >>> from torch_rmt.operators import Dense
+        >>> A = Dense(torch.eye(2), symmetric=True)
+        >>> (A - 0.5 * A) @ torch.ones(2)
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(self, operators: Sequence[LinearOperator], coefficients: Sequence[float]) -> None:
+        if not operators or len(operators) != len(coefficients):
+            raise ValueError("give as many coefficients as operators, and at least one")
+        if len({op.shape for op in operators}) != 1:
+            raise ValueError(f"operators of unequal shapes cannot be added: {[op.shape for op in operators]}")
+        super().__init__(operators[0])
+        self.operators, self.coefficients = tuple(operators), tuple(coefficients)
+        self.symmetric = all(op.symmetric for op in operators)
+        self.positive = all(op.positive for op in operators) and all(c >= 0 for c in coefficients)
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+        """Columns `sum_i c_i A_i v`."""
+        products = (c * op.matmat(V) for c, op in zip(self.coefficients, self.operators, strict=True))
+        total = next(products)
+        for product in products:
+            total += product
+        return total
+
+    def adjoint(self) -> LinearOperator:
+        """Return the combination of the adjoints."""
+        return self if self.symmetric else Combination([op.adjoint() for op in self.operators], self.coefficients)
