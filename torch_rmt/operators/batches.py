@@ -18,13 +18,13 @@ class Batch:
 
     Fields:
         samples: length of the first dimension of the inputs.
-        terms: number of terms in the mean loss (samples, or tokens that are not ignored).
+        terms: what a mean loss averages over (samples, or tokens that are not ignored, by class weight if it has any).
     """
 
     inputs: Any
     targets: Any
     samples: int
-    terms: int
+    terms: float
 
 
 def as_pairs(data: Any) -> list[tuple[Any, Any]]:

@@ -69,7 +69,7 @@ class _SharedGraphs:
         self.operator = operator
         self.pure = operator.pure
         self.leaves = tuple(p.clone().requires_grad_() for p in self.pure.params)
-        self.weights = [b.terms / operator.terms for b in operator.batches]
+        self.weights = [operator.share(b) for b in operator.batches]
         build = self._output if isinstance(operator, GaussNewton) else self._loss
         self.graphs = [build(b, i) for i, b in enumerate(operator.batches)]
 

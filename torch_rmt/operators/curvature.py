@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_rmt.operators.batches import Batch, cut, read_batches
 from torch_rmt.operators.engines import FIRST_ORDER, SECOND_ORDER, Differentiable, Products, Tensors
 from torch_rmt.operators.ladder import climb
-from torch_rmt.operators.losses import Loss, checked_loss, output_curvature
+from torch_rmt.operators.losses import Loss, adds_up, checked_loss, output_curvature
 from torch_rmt.operators.memory import graph_bytes, is_out_of_memory, room_for_graphs
 from torch_rmt.operators.of_model import SymmetricOfModel
 from torch_rmt.operators.pure import PureModel
@@ -22,7 +22,9 @@ Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of row
 
 
 class Curvature(SymmetricOfModel):
-    """A symmetric matrix over the parameters, an average over batches; base of Hessian and Gauss-Newton.
+    """A symmetric matrix over the parameters, of the loss over all batches; base of Hessian and Gauss-Newton.
+
+    A mean loss is averaged over the batches, each weighted by its terms; one that sums over samples is summed.
 
     The parameters, modes and data are those at construction. Graphs are built at the first product and kept
     while they fit; `engine` says how products are made and what proved it, `notes` what was replaced or given
@@ -49,9 +51,12 @@ class Curvature(SymmetricOfModel):
         self.given = self.batches = read_batches(batch, self.pure, loss)
         self.samples = sum(b.samples for b in self.batches)
         self.terms = sum(b.terms for b in self.batches)
+        self.summed = False
         with self.pure.guarded(), torch.no_grad():
-            for b in self.batches:
-                checked_loss(loss(self.pure(self.pure.params, b.inputs), b.targets))
+            for i, b in enumerate(self.batches):
+                output = self.pure(self.pure.params, b.inputs)
+                checked_loss(loss(output, b.targets))
+                self.summed = adds_up(loss, output, b.targets, b.samples) if i == 0 else self.summed
         self.notes = self.pure.notes
         self.output_form = ""
         self._jacobian: Products | None = None
@@ -59,6 +64,10 @@ class Curvature(SymmetricOfModel):
         self.keep = True
         if max_memory is not None or len(self.batches) > 1:
             self._fit(max_memory)
+
+    def share(self, batch: Batch) -> float:
+        """Factor of a batch's loss in the loss of all: one for a sum over samples."""
+        return 1.0 if self.summed else batch.terms / self.terms
 
     def _fit(self, max_memory: int | None) -> None:
         """Choose what to keep and how far to cut the batches, within bytes."""
@@ -86,7 +95,7 @@ class Curvature(SymmetricOfModel):
                 return False
             with self.pure.guarded(), torch.no_grad():
                 losses = [float(self.loss(self.pure(self.pure.params, h.inputs), h.targets)) for h in (b, *halves)]
-            mean = sum(h.terms * value for h, value in zip(halves, losses[1:], strict=True)) / b.terms
+            mean = sum(self.share(h) * value for h, value in zip(halves, losses[1:], strict=True)) / self.share(b)
             if not abs(mean - losses[0]) <= (1e-10 if self.dtype == torch.float64 else 1e-5) * (1e-3 + abs(losses[0])):
                 return False
             parts += halves
@@ -128,7 +137,7 @@ class Curvature(SymmetricOfModel):
             width = self.chunk if self._choice is not None and self._choice.block == "vmap" else 1
             for start in range(0, rows.shape[0], width):
                 block = slice(start, start + width)
-                total[block].add_(product(rows[block]), alpha=batch.terms / self.terms)
+                total[block].add_(product(rows[block]), alpha=self.share(batch))
         return total
 
     def _gave_up(self, problem: BaseException) -> bool:

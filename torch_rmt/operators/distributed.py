@@ -18,7 +18,7 @@ from torch_rmt.operators.fisher import Fisher, GradientCovariance
 
 
 class AllReduced(LinearOperator):
-    """Average of every rank's operator over its own data, each weighted by its number of terms.
+    """Average of every rank's operator over its own data, each weighted by its number of terms; sum for a summed loss.
 
     Vectors are taken from rank 0, so that probes drawn with different seeds do no harm, and the result is the
     same on every rank. All ranks must multiply together.
@@ -47,8 +47,8 @@ class AllReduced(LinearOperator):
                 f"this rank differentiates by {operator.shape[0]} parameters, the mean over ranks is "
                 f"{float(totals[2]) / ranks:g}; give every rank the same model and params"
             )
-        self.weight = operator.terms / float(totals[0])
-        if isinstance(operator, Fisher) and operator.kind == "empirical":
+        self.weight = 1.0 if operator.summed else operator.terms / float(totals[0])
+        if isinstance(operator, Fisher) and operator.kind == "empirical" and not operator.summed:
             # sum_n g_n g_n^T / N with g_n = N (terms_n / terms) * ...: quadratic in the weight, linear in N.
             self.weight *= (operator.terms / operator.samples) * float(totals[1] / totals[0])
 

@@ -52,7 +52,7 @@ class PerSample(GaussNewton):
             leaf = output.detach().clone().requires_grad_()
             with self.pure.guarded():
                 (r,) = torch.autograd.grad(checked_loss(self.loss(leaf, batch.targets)), leaf)
-            scale = (self.samples * batch.terms / self.terms) ** 0.5
+            scale = 1.0 if self.summed else (self.samples * self.share(batch)) ** 0.5
             scaled: Tensor = scale * r.reshape(1, batch.samples, -1)
             return scaled
         draw = self._known_likelihood(output, batch)
@@ -68,7 +68,8 @@ class Fisher(PerSample):
       Gaussian and Bernoulli likelihoods, and is refused for losses that are none of these.
     * `kind="sampled"`: the expectation over `draws` drawn labels per term, fixed by `seed`.
     * `kind="empirical"`: `1/N sum_n g_n g_n^T`, `g_n` the gradient of sample n's loss with the true target
-      (for models that treat samples apart; batch normalisation in train mode does not).
+      (for models that treat samples apart; batch normalisation in train mode does not). Without `1/N` for a loss
+      that sums over samples.
 
     Other arguments and errors as for `Hessian`.
 
@@ -117,10 +118,26 @@ class GradientCovariance(PerSample):
 
     Arguments and errors as for `Hessian`.
 
+    Raises:
+        ValueError: a loss that sums over samples: its gradients have no mean.
+
     Source: McCandlish et al. 2018 (gradient noise scale).
     """
 
     _mean: Tensor | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batch: Any,
+        params: str | Sequence[str] | None = None,
+        *,
+        max_memory: int | None = None,
+    ) -> None:
+        super().__init__(model, loss, batch, params, max_memory=max_memory)
+        if self.summed:
+            raise ValueError("the covariance is that of a mean over samples; use a loss with reduction='mean'")
 
     def gradient(self) -> Float[Tensor, " columns"]:
         """Mean gradient over all batches."""
@@ -128,7 +145,7 @@ class GradientCovariance(PerSample):
             total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
             for b in self.batches:
                 pieces = gradient(self._loss_of(b), self.pure.params)[1]
-                total += b.terms / self.terms * torch.cat([g.flatten() for g in pieces])
+                total += self.share(b) * torch.cat([g.flatten() for g in pieces])
             self._mean = total
         return self._mean
 

@@ -181,13 +181,33 @@ def _elementwise_draw(
     return None
 
 
-def count_terms(loss: Loss, targets: Any, batch_size: int) -> int:
+def count_terms(loss: Loss, targets: Any, batch_size: int) -> float:
     """Number of terms that a mean loss averages over: what batches are weighted by.
 
-    Integer targets count one by one without those that the loss ignores (`ignore_index`, -100 unless the loss
-    says otherwise); anything else counts by samples.
+    Integer targets count one by one, by their class's weight where the loss has weights, without those that the
+    loss ignores (`ignore_index`, -100 unless the loss says otherwise); anything else counts by samples.
     """
     if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
-        ignored = getattr(loss, "ignore_index", -100)
-        return int((targets != ignored).sum())
-    return batch_size
+        counted = targets[targets != getattr(loss, "ignore_index", -100)]
+        weight = getattr(loss, "weight", None)
+        return float(counted.numel() if weight is None else weight[counted].sum())
+    return float(batch_size)
+
+
+def adds_up(loss: Loss, output: Any, targets: Any, samples: int) -> bool:
+    """Whether a batch's loss is the sum over its samples, and not their mean: tried on the two halves of a batch.
+
+    What cannot be halved is a sum if the loss has the attribute `reduction = "sum"`.
+    """
+    if getattr(loss, "reduction", "mean") == "sum":
+        return True
+    whole_batch = isinstance(output, Tensor) and isinstance(targets, Tensor)
+    if samples < 2 or not whole_batch or not output.shape[:1] == targets.shape[:1] == (samples,):
+        return False
+    half = samples // 2
+    with torch.no_grad():
+        try:
+            whole, *halves = (float(loss(output[k], targets[k])) for k in (slice(None), slice(half), slice(half, None)))
+        except (RuntimeError, ValueError, IndexError):  # a loss that knows the size of its batch
+            return False
+    return abs(sum(halves) - whole) <= 1e-4 * abs(whole) and whole != 0.0
