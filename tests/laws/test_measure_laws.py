@@ -58,6 +58,9 @@ def test_mass_and_four_moments_from_the_density(named: tuple[str, SpectralMeasur
     name, law = named
     tolerance = 1e-4 if name in KINKED else 1e-6
     size = max(abs(end) for end in law.bounds())
+    assert law.moment(0) == 1.0
+    with pytest.raises(ValueError, match="k >= 0"):
+        law.moment(-1)
     assert integral(law, np.ones_like) == pytest.approx(1.0, abs=tolerance)
     for k in range(1, 5):
         assert integral(law, lambda x, k=k: x**k) == pytest.approx(
@@ -92,10 +95,30 @@ def test_slope_and_potential_differentiate(law: SpectralMeasure) -> None:
         assert np.allclose(difference, derivative(z), rtol=2e-8, atol=1e-10)
 
 
-def test_general_potential_agrees(law: SpectralMeasure) -> None:
+def test_general_potential_and_slope_agree(law: SpectralMeasure) -> None:
     low, high = law.bounds()
     z = np.linspace(low - 0.1, high + 0.1, 5) + 0.07j * (high - low)
     assert np.allclose(SpectralMeasure.log_potential(law, z), law.log_potential(z), rtol=1e-11, atol=1e-11)
+    assert np.allclose(SpectralMeasure.slope(law, z), law.slope(z), rtol=1e-9)
+
+
+def test_far_away_only_the_mean_is_seen(law: SpectralMeasure) -> None:
+    # G = 1/z + m/z^2 + O(z^-3), and no digits are lost in it
+    z = 1e8 * max(abs(end) for end in law.bounds()) * np.exp(1j * np.array([0.1, 1.5, 3.0]))
+    assert np.allclose(z * law.stieltjes(z) - 1.0, law.mean / z, rtol=0.0, atol=2e-15)
+    assert np.allclose(law.log_potential(z), np.log(z), rtol=1e-9)
+
+
+def test_the_axis_is_seen_from_above(law: SpectralMeasure) -> None:
+    size = law.bounds()[1] - law.bounds()[0]
+    for low, high in law.support():
+        x = low + (high - low) * np.array([0.21, 0.47, 0.83])
+        assert np.allclose(-law.stieltjes(x).imag / np.pi, law.density(x), rtol=1e-8)
+        above = x + 1e-7j * size
+        for function, tolerance in ((law.stieltjes, 1e-4), (law.slope, 1e-2), (law.log_potential, 1e-4)):
+            assert np.allclose(function(x), function(above), rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match="levels"):
+        law.quantile(1.5)
 
 
 def test_distribution_is_the_integral_of_the_density(named: tuple[str, SpectralMeasure]) -> None:

@@ -45,6 +45,7 @@ LAWS: dict[str, SpectralMeasure] = {
     "uniform": Uniform(-1.0, 2.0),
     "quarter-circle": QuarterCircle(),
     "affine": Affine(FussCatalan(0.5), -1.5, 0.3),
+    "affine-atom": Affine(MarchenkoPastur(3.0), -0.5, 0.3),
     "mixture": Mixture([Semicircle(1.0, mean=-4.0), MarchenkoPastur(2.0)], [1.0, 3.0]),
     "gauss-tanh": GaussianPushforward(np.tanh, 0.6),
     "gauss-relu": GaussianPushforward(lambda h: np.maximum(h, 0.0), 1.0, kinks=(0.0,)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.linalg import eigh
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
@@ -15,16 +16,20 @@ from torch_rmt.measures import (
     GaussianPushforward,
     KestenMcKay,
     MarchenkoPastur,
+    Mixture,
     PointMass,
     Semicircle,
     SpectralMeasure,
     Uniform,
     Wachter,
+    affine,
+    dilate,
     free_add,
     free_compress,
     free_mul,
     free_poisson,
     free_power,
+    jacobi,
     rectangular_product,
 )
 from torch_rmt.measures.subordination import _settle
@@ -42,6 +47,8 @@ IDENTITIES = {
     "of any real order": (lambda: free_power(FussCatalan(0.8), 2.5), FussCatalan(2.0)),
     "products too": (lambda: free_mul(FussCatalan(1.5), MarchenkoPastur(1.0)), FussCatalan(2.5)),
     "order one is Marchenko-Pastur": (lambda: FussCatalan(1), MarchenkoPastur(1.0)),
+    "two signs are arcsine": (lambda: KestenMcKay(2.0), Arcsine(-2.0, 2.0)),
+    "Jacobi laws mirror": (lambda: affine(jacobi(0.6, 0.9), -1.0, 1.0), jacobi(0.9, 0.6)),
     "normal quantiles are uniform": (lambda: GaussianPushforward(ndtr, 1.0), Uniform(0.0, 1.0)),
 }
 
@@ -146,6 +153,72 @@ def test_drawn_rectangular_product() -> None:
     assert far[1] < 0.4 * far[0]
 
 
+def test_drawn_jacobi_ensemble() -> None:
+    law, far = jacobi(0.5, 0.25), []
+    for p in (100, 400):
+        generator = np.random.default_rng(p)
+        a, b = (x @ x.T for x in (generator.standard_normal((p, 2 * p)), generator.standard_normal((p, 4 * p))))
+        wanted = law.quantile((np.arange(p) + 0.5) / p)
+        far.append(np.mean(np.abs(eigh(a, a + b, eigvals_only=True) - wanted)))
+    assert far[1] < 0.4 * far[0] < 0.004
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 3.0])
+def test_marchenko_pastur_loses_no_digits_near_zero_or_far_out(ratio: float) -> None:
+    law, v = MarchenkoPastur(ratio, 2.0), 2.0
+    z = np.geomspace(1e-12, 1e12, 25) * np.exp(1j * np.array([[0.3], [2.0], [3.1]]))
+    g = law.stieltjes(z)
+    terms = np.stack([ratio * v * z * g**2, -z * g, (v - ratio * v) * g, np.ones_like(z)])
+    assert np.all(np.abs(terms.sum(axis=0)) < 2e-15 * np.abs(terms).sum(axis=0))
+    # the other root is excluded by z G -> 1 far out and z G -> the mass at 0 near 0
+    assert np.allclose((z * g)[:, -1], 1.0, rtol=1e-11)
+    assert np.allclose((z * g)[:, 0], max(0.0, 1 - 1 / ratio), atol=2e-6)
+
+
+def test_determinants_multiply() -> None:
+    # Fuglede and Kadison: E log XY = E log X + E log Y; at 0 the potential is E log t + i pi
+    half, square = MarchenkoPastur(0.5, 2.0), MarchenkoPastur(1.0, 3.0)
+    parts = [half, square, Uniform(0.5, 2.0)]
+    for law in parts:
+        low, high = law.bounds()
+        x = low + (high - low) * np.sin(0.25 * np.pi * (1 + np.tanh(np.linspace(-18, 18, 20001)))) ** 2
+        total = law.cdf(x)
+        logs = np.log(np.maximum(0.5 * (x[1:] + x[:-1]), 1e-300))
+        assert law.log_potential(0.0) == pytest.approx(float(np.sum(np.diff(total) * logs)) + 1j * np.pi, abs=1e-5)
+    whole = sum(law.log_potential(0.0).real for law in parts)
+    assert free_mul(*parts).log_potential(0.0) == pytest.approx(whole + 1j * np.pi, abs=1e-9)
+    assert MarchenkoPastur(3.0).log_potential(0.0) == pytest.approx(-np.inf + 1j * np.pi / 3)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_no_length_is_special(unit: float) -> None:
+    gapped = Discrete([0.0, 1.0, 3.0], [0.5, 0.3, 0.2])
+    for one, two, combine, scale in (
+        (gapped, Semicircle(0.04), free_add, unit),
+        (gapped, Uniform(0.0, 0.2), free_add, unit),
+        (Uniform(0.5, 1.0), MarchenkoPastur(0.1), free_mul, unit**2),
+    ):
+        law, big = combine(one, two), combine(dilate(one, unit), dilate(two, unit))
+        assert np.allclose(np.array(big.support()) / scale, law.support(), rtol=1e-9)
+        x = law.quantile(np.linspace(0.05, 0.95, 7))
+        assert np.allclose(big.quantile(np.linspace(0.05, 0.95, 7)) / scale, x, rtol=1e-10)
+        assert np.allclose(big.density(scale * x) * scale, law.density(x), rtol=1e-8)
+
+
+def test_a_point_is_a_law_too() -> None:
+    z = np.array([0.3 + 0.2j, -2.0 - 1.0j, 30.0 + 0.5j])
+    for law in (PointMass(3.0), affine(FussCatalan(0), 3.0)):
+        assert np.allclose(law.stieltjes(z), 1 / (z - 3), rtol=1e-14)
+        assert np.allclose(law.log_potential(z), np.log(z - 3), rtol=1e-13)
+        assert law.atoms() == ((3.0, 1.0),)
+        assert law.moment(3) == pytest.approx(27.0, rel=1e-14)
+        assert SpectralMeasure.moment(law, 3) == pytest.approx(27.0, rel=1e-12)
+        assert law.cdf([2.999, 3.0]).tolist() == [0.0, 1.0]
+    assert rectangular_product([PointMass(0.0), MarchenkoPastur(0.5)], [4, 4, 8]).atoms() == ((0.0, 1.0),)
+    with pytest.raises(ValueError, match="read-only"):
+        SIGNS.nodes[0] = 2.0
+
+
 def test_edges_beside_a_semicircle_are_those_of_biane() -> None:
     law, variance = Discrete([0.0, 1.0, 2.5], [0.5, 0.3, 0.2]), 0.02
     total = free_add(law, Semicircle(variance))
@@ -186,6 +259,14 @@ def test_ten_decades() -> None:
         lambda: Discrete([0.0, np.nan]),
         lambda: Discrete([0.0, 1.0], [1.0, -0.5]),
         lambda: Discrete([0.0, 1.0], [1.0]),
+        lambda: Mixture([]),
+        lambda: Mixture([Semicircle()], [1.0, 2.0]),
+        lambda: Mixture([Semicircle(), Uniform()], [1.0, -0.5]),
+        lambda: Uniform(1.0, 1.0),
+        lambda: Arcsine(2.0, 1.0),
+        lambda: KestenMcKay(1.9),
+        lambda: jacobi(2.0, 2.0),
+        lambda: free_mul(),
         lambda: Semicircle(-1.0),
         lambda: Semicircle(np.nan),
         lambda: MarchenkoPastur(0.0),

@@ -6,6 +6,7 @@ from math import gamma, pi, sqrt
 
 import numpy as np
 from jaxtyping import Complex, Float
+from scipy.special import log1p
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.classical import finite, positive
@@ -33,7 +34,14 @@ class Uniform(SpectralMeasure):
         """G(z) = (log(z - low) - log(z - high)) / (high - low)."""
         points, below = fold(z)
         with np.errstate(all="ignore"):
-            return unfold((np.log(points - self.low) - np.log(points - self.high)) / (self.high - self.low), below)
+            return unfold(self._log_ratio(points) / (self.high - self.low), below)
+
+    def _log_ratio(self, z: Complex[np.ndarray, "..."]) -> Complex[np.ndarray, "..."]:
+        """log((z - low) / (z - high)) in the closed upper half-plane; the difference of logarithms cancels far out."""
+        width = self.high - self.low
+        far = np.abs(z - self.high) > 4 * width
+        series = log1p(width / np.where(far, z - self.high, np.inf))
+        return np.where(far, series, np.log(z - self.low) - np.log(z - self.high))
 
     def slope(self, z: Numbers) -> Complex[np.ndarray, "..."]:
         """G'(z) = -1 / ((z - low)(z - high))."""
@@ -42,13 +50,13 @@ class Uniform(SpectralMeasure):
             return unfold(-1.0 / ((points - self.low) * (points - self.high)), below)
 
     def log_potential(self, z: Numbers) -> Complex[np.ndarray, "..."]:
-        """L = ((z - low) log(z - low) - (z - high) log(z - high)) / (high - low) - 1."""
+        """L = log(z - high) + (z - low) log((z - low) / (z - high)) / (high - low) - 1."""
         points, below = fold(z)
-        total = np.zeros(points.shape, dtype=complex)
-        for end, sign in ((self.low, 1.0), (self.high, -1.0)):
-            delta = points - end
-            total = total + sign * delta * np.log(np.where(delta == 0, 1.0, delta))
-        return unfold(total / (self.high - self.low) - 1.0, below)
+        with np.errstate(all="ignore"):
+            ratio = (points - self.low) / (self.high - self.low) * self._log_ratio(points)
+            value = np.log(points - self.high) + np.where(points == self.low, 0.0, ratio) - 1.0
+        # at the upper end two infinite terms leave log(high - low) - 1
+        return unfold(np.where(points == self.high, np.log(self.high - self.low) - 1.0, value), below)
 
     def support(self) -> tuple[Interval, ...]:
         """The interval [low, high]."""

@@ -49,5 +49,5 @@ def gauss_rule(
         off.append(norm)
         basis.append(vector / norm)
     steps = len(diagonal)
-    places, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off[: steps - 1], 1) + np.diag(off[: steps - 1], -1))
+    places, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off[: steps - 1], -1))  # reads the lower triangle
     return centre + half * places, total * vectors[0] ** 2
