@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from torch_rmt.operators.kernel import NeuralTangentKernel
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import output_curvature
 from torch_rmt.operators.memory import free_bytes, is_out_of_memory
-from torch_rmt.operators.places import Place, hooked, shifted_by, tensor_at
+from torch_rmt.operators.places import Place, tensor_at
 from torch_rmt.operators.pure import PureModel, first_tensor
+from torch_rmt.operators.shifts import by_shifts
 
 _PRODUCTS = "by products"
 
@@ -289,18 +289,7 @@ def _pass(
     if not places:  # attention uses its projection's weight without calling it
         return caught, gradients
 
-    def shifted(*shifts: Tensor) -> Tensor:
-        with ExitStack() as stack:
-            for place, shift in zip(places, shifts, strict=True):
-                stack.enter_context(hooked(place, partial(shifted_by, place, shift)))
-            return pure(pure.params, inputs)
-
-    f = Differentiable(
-        shifted,
-        tuple(torch.zeros_like(t) for t in shapes),
-        pure.guarded,
-        lambda _point, thunk: pure.within(pure.params, thunk),
-    )
+    f = by_shifts(pure, inputs, places, tuple(torch.zeros_like(t) for t in shapes), lambda output: output)
     products, _ = climb(f, FIRST_ORDER, pure.module, ("dual", tuple(map(str, places)), tuple(t for _, t in pure.modes)))
     pulled = products.pull((factors,))
     for place, g in zip(places, pulled, strict=True):

@@ -9,9 +9,10 @@ the next step does not pay again.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ _LOOPED = ("double backward", "central differences")
 # and a GPT of 1M parameters vmap over 16 took 1.1 and 1.2 times as long a vector as one by one, and plain
 # autograd 0.85 times as long as torch.func. Not timed at run time, since the choice changes the last bits.
 _LARGE = 50_000
+_NO_RULE = "not yet implemented the batching rule for"
 _PLAIN = "double backward"
 _FORWARD = "forward mode"
 _BLOCKS: dict[str, Block] = {"vmap": batched, "loop": stacked, "plain loop": unguarded}
@@ -43,14 +45,21 @@ _BLOCKS: dict[str, Block] = {"vmap": batched, "loop": stacked, "plain loop": ung
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine chosen, how blocks are run, and the proof in words."""
+    """The engine chosen, how blocks are run, the proof in words, and an operation that vmap runs one by one."""
 
     engine: str
     block: str
     proof: str
+    one_by_one: str = ""
 
     def __str__(self) -> str:
-        return f"{self.engine} ({self.proof})"
+        slow = f"; {self.one_by_one} has no rule for blocks and runs vector by vector" if self.one_by_one else ""
+        return f"{self.engine} ({self.proof}{slow})"
+
+    @property
+    def run(self) -> Block:
+        """How a block of vectors is run; torch's warning of the missing rule is said by `str` instead."""
+        return _silent(_BLOCKS[self.block]) if self.one_by_one else _BLOCKS[self.block]
 
 
 _proved: weakref.WeakKeyDictionary[nn.Module, dict[object, Choice]] = weakref.WeakKeyDictionary()
@@ -65,7 +74,7 @@ def climb(f: Differentiable, engines: Sequence[Engine], module: nn.Module, key: 
     known = _proved.setdefault(module, {}).get(key)
     if known is not None:
         try:
-            return dict(engines)[known.engine](f, _BLOCKS[known.block]), known
+            return dict(engines)[known.engine](f, known.run), known
         except (RuntimeError, NotImplementedError, TypeError) as problem:
             if is_out_of_memory(problem):
                 raise
@@ -202,11 +211,18 @@ def _with_blocks(
     """Use vmap over blocks where it runs and gives what the loop gave."""
     if choice.engine not in _LOOPED and not _busy(f):
         try:
-            quick = engine(f, batched)
             pair = tuple(torch.stack((v, -2.0 * v)) for v in (t[0] for t in direction))
-            both = torch.cat([t.reshape(2, -1) for t in quick.push(pair)], dim=1)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                quick = engine(f, batched)
+                images = quick.push(pair)
+                if quick.pull is not quick.push:
+                    quick.pull(images)
+            both = torch.cat([t.reshape(2, -1) for t in images], dim=1)
             if _gap(torch.stack((image, -2.0 * image)), both) <= _tolerance(f, choice.engine, choice.engine):
-                choice = Choice(choice.engine, "vmap", choice.proof)
+                choice = replace(choice, block="vmap", one_by_one=_without_rule(said))
+                if choice.one_by_one:
+                    quick = engine(f, choice.run)
                 _proved.setdefault(module, {})[key] = choice
                 return quick, choice
         except (RuntimeError, NotImplementedError, TypeError) as problem:
@@ -214,6 +230,28 @@ def _with_blocks(
                 raise
     _proved.setdefault(module, {})[key] = choice
     return engine(f, stacked), choice
+
+
+def _without_rule(said: Sequence[warnings.WarningMessage]) -> str:
+    """The operation of which torch says that it has no batching rule, or nothing."""
+    words = [str(w.message) for w in said if _NO_RULE in str(w.message)]
+    return words[0].partition(_NO_RULE)[2].strip().partition(". ")[0] if words else ""
+
+
+def _silent(block: Block) -> Block:
+    """Blocks without torch's warning of a missing batching rule, which comes back at every product."""
+
+    def quiet(one: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
+        run = block(one)
+
+        def many(vectors: Tensors) -> Tensors:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=f".*{_NO_RULE}")
+                return run(vectors)
+
+        return many
+
+    return quiet
 
 
 def _direction(f: Differentiable) -> Tensors:
@@ -246,7 +284,8 @@ def _adjoint_gap(f: Differentiable, products: Products, v: Tensors) -> float:
     right = sum(float((a.double() * b.double()).sum()) for a, b in zip(back, v, strict=True))
     # A random u meets a random error of size e in |u| e / sqrt(n), so that is the unit, not |u| |Av|.
     a, b = _flat(u), _flat(image)
-    scale = max(float(a.norm() * b.norm()) / a.numel() ** 0.5, abs(left))
+    # Both sides count: a backward that is cut off gives an image of zero.
+    scale = max(float(a.norm() * b.norm()) / a.numel() ** 0.5, abs(left), abs(right))
     return abs(left - right) / scale if scale > 0 else 0.0
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_rmt.guard import undisturbed
 
@@ -136,6 +137,7 @@ class PureModel:
             for part in (m, *m._forward_pre_hooks.values())
         )
         self.sizes = [p.numel() for p in self.params]
+        self.draws: bool | None = None  # whether the forward pass draws random numbers; known after the first
 
     def _float(self, t: Tensor) -> Tensor:
         return t.to(self.dtype) if t.dtype in _HALF else t
@@ -179,10 +181,14 @@ class PureModel:
         tensors = {**self.frozen, **dict(zip(self.names, params, strict=True))}
         tensors.update({name: b.clone() for name, b in self.buffers.items()})
         args, kwargs = _arguments(tree_map(torch.clone, inputs))  # a first layer may work in place
-        if not self.weight_normed:
-            return functional_call(self.module, tensors, args, kwargs)
-        with _ComposedWeightNorm():
-            return functional_call(self.module, tensors, args, kwargs)
+        with ExitStack() as stack:
+            if self.weight_normed:
+                stack.enter_context(_ComposedWeightNorm())
+            order = stack.enter_context(_LogicalOrder()) if self.draws is not False else None  # type: ignore[no-untyped-call]
+            output = functional_call(self.module, tensors, args, kwargs)
+        if order is not None:
+            self.draws = order.used
+        return output
 
     def within(self, params: Sequence[Tensor], thunk: Callable[[], Any]) -> Any:
         """Run a thunk while the module holds these parameters; to be used inside `guarded`.
@@ -229,6 +235,29 @@ class _ComposedWeightNorm(TorchFunctionMode):
             v, g, dim = (*args, 0)[:3] if kwargs is None else (*args, kwargs.get("dim", 0))[:3]
             return v * (g / torch.norm_except_dim(v, 2, dim))
         return func(*args, **(kwargs or {}))
+
+
+class _LogicalOrder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Random numbers fall on entries in logical order, however a tensor lies in memory.
+
+    Plain autograd and `torch.func` lay transposed tensors out differently, so that one seed gave them two dropout
+    masks, and the Hessian was that of another network than the Gauss-Newton matrix.
+    """
+
+    used = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        self.used = True
+        if not (args and isinstance(args[0], Tensor)) or args[0].is_contiguous():
+            return func(*args, **kwargs)
+        straight = args[0].contiguous()
+        drawn = func(straight, *args[1:], **kwargs)
+        return args[0].copy_(drawn) if drawn is straight else drawn
 
 
 class _Within(nn.Module):

@@ -7,7 +7,7 @@ its samples (batch normalisation in train mode) is found out and refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from torch_rmt.operators.batches import sample_count
-from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products, Tensors
+from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import Loss, checked_loss
 from torch_rmt.operators.places import (
@@ -27,10 +28,10 @@ from torch_rmt.operators.places import (
     find_place,
     hooked,
     replace_first,
-    shifted_by,
     tensor_at,
 )
 from torch_rmt.operators.pure import PureModel, first_tensor
+from torch_rmt.operators.shifts import by_shifts
 
 # Forward mode first: one pass carries the tangents of all layers.
 _FORWARD_FIRST = tuple(sorted(FIRST_ORDER, key=lambda rung: rung[0] != "forward mode"))
@@ -52,6 +53,23 @@ class LayerNorms:
     values: Float[Tensor, " layers"]
     errors: Float[Tensor, " layers"]
     exact: bool
+
+
+def _leaves(names: dict[nn.Module, str]) -> list[nn.Module]:
+    """Modules without children; what parametrises a weight (`weight_norm`, `orthogonal`) is part of its module."""
+    inner = {m for m in names if isinstance(m, ParametrizationList) for m in m.modules()}
+    return [m for m in names if names[m] and m not in inner and not (set(m.children()) - _parametrisations(m))]
+
+
+def _parametrisations(module: nn.Module) -> set[nn.Module]:
+    held = getattr(module, "parametrizations", None)
+    return {held} if isinstance(held, nn.ModuleDict) else set()
+
+
+def _gaussian(like: Tensor) -> Tensor:
+    """Gaussian tensor of a generator of its own: the random state outside is not touched."""
+    generator = torch.Generator(device=like.device).manual_seed(6)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _note(place: Place, caught: list[Tensor], output: Any) -> None:
@@ -91,20 +109,23 @@ class _Passes:
                 f"the source is {self.point.dtype}, which has no derivative; name a later module as source, "
                 "for example source='embedding'"
             )
-        for place, shape in zip(self.places, self.shapes, strict=True):
-            if not shape or shape[0] != self.samples:
-                raise ValueError(
-                    f"module {str(place)!r} returns {tuple(shape)}: its first dimension is not the samples"
-                )
+        stand = [bool(shape) and shape[0] == self.samples for shape in self.shapes]
+        if layers is None:  # packed sequences and the like are left out
+            self.places = [place for place, kept in zip(self.places, stand, strict=True) if kept]
+            self.shapes = [shape for shape, kept in zip(self.shapes, stand, strict=True) if kept]
+        elif not all(stand):
+            index = stand.index(False)
+            raise ValueError(
+                f"module {str(self.places[index])!r} returns {tuple(self.shapes[index])}: its first dimension is not "
+                "the samples"
+            )
 
     def _places(self, layers: Sequence[str] | None) -> list[Place]:
         """Places in the order in which the forward pass reaches them; by default of all leaves."""
         module = self.pure.module
         asked = None if layers is None else [find_place(module, name) for name in layers]
         names = {m: name for name, m in reversed(list(module.named_modules()))}
-        wanted = (
-            [m for m in names if names[m] and not list(m.children())] if asked is None else [p.module for p in asked]
-        )
+        wanted = _leaves(names) if asked is None else [p.module for p in asked]
         order: list[nn.Module] = []
         with self.pure.guarded(), torch.no_grad(), ExitStack() as stack:
             for m in set(wanted):
@@ -139,19 +160,21 @@ class _Passes:
             self.pure.raw(self.pure.params, self.inputs if self.source else replace_first(self.inputs, point))
         return torch.cat([t.reshape(self.samples, -1) for t in caught], dim=1)
 
-    def prepare(self, call: Callable[..., Tensor], point: Tensors, kind: str) -> Products:
+    def prove(self, f: Differentiable, kind: str) -> Products:
         """Products with the derivative of a function of the network, proved as every engine is."""
-        f = Differentiable(call, point, self.pure.guarded, lambda _p, thunk: self.pure.within(self.pure.params, thunk))
         modes = tuple(training for _, training in self.pure.modes)
         key = (kind, str(self.source), tuple(map(str, self.places)), modes, self.pure.dtype)
         return climb(f, _FORWARD_FIRST, self.pure.module, key)[0]
 
     def forward_products(self) -> Products:
         """Tangents at all places from tangents at the source."""
-        products = self.prepare(self.values, (self.point,), "sweep forward")
+        f = Differentiable(
+            self.values, (self.point,), self.pure.guarded, lambda _, thunk: self.pure.within(self.pure.params, thunk)
+        )
+        products = self.prove(f, "sweep forward")
         if self.samples > 1:
             only = torch.zeros_like(self.point)
-            only[0] = torch.randn_like(only[0])
+            only[0] = _gaussian(only[0])
             image = products.push((only.unsqueeze(0),))[0][0]
             self.refuse_coupling(image)
         return products
@@ -175,8 +198,8 @@ def input_to_layers(
     """Jacobians from one source to every layer, `{layer: (samples, layer size, source size)}`, in one sweep.
 
     `source` is a module name (its output), None the input; `layers` are module names, None every leaf module
-    in the order of the forward pass. One tangent pass for each source coordinate, whatever the number of
-    layers.
+    in the order of the forward pass whose output has the samples first. One tangent pass for each source
+    coordinate, whatever the number of layers.
 
     Raises:
         ValueError: unknown names, an empty batch, samples that depend on one another.
@@ -225,15 +248,12 @@ def layers_to_output(
     passes = _Passes(model, inputs, layers, None)
     passes.pure.require_tensor(passes.output)
 
-    def shifted(*shifts: Tensor) -> Tensor:
-        with ExitStack() as stack:
-            for place, shift in zip(passes.places, shifts, strict=True):
-                stack.enter_context(hooked(place, partial(shifted_by, place, shift)))
-            output = passes.pure(passes.pure.params, passes.inputs)
+    def finish(output: Tensor) -> Tensor:
         return output if loss is None else checked_loss(loss(output, targets)).reshape(1)
 
     zeros = tuple(torch.zeros(s, dtype=passes.point.dtype, device=passes.point.device) for s in passes.shapes)
-    products = passes.prepare(shifted, zeros, "sweep backward")
+    f = by_shifts(passes.pure, passes.inputs, passes.places, zeros, finish)
+    products = passes.prove(f, "sweep backward")
     value = products.value
     if loss is not None:
         cotangents = torch.ones_like(value).unsqueeze(0)
@@ -243,7 +263,7 @@ def layers_to_output(
         cotangents = basis.expand(n, *value.shape)
         if passes.samples > 1:
             only = torch.zeros_like(value)
-            only[0] = torch.randn_like(only[0])
+            only[0] = _gaussian(only[0])
             passes.refuse_coupling(products.pull((only.unsqueeze(0),))[0][0])
     blocks = [products.pull((block,)) for block in torch.split(cotangents, _CHUNK)]
     results = {}
@@ -310,7 +330,7 @@ def _diagonal(module: nn.Module, entered: Tensor) -> Tensor | None:
     if first is None or not first.requires_grad:
         return None
     (d,) = torch.autograd.grad(first, entered, torch.ones_like(first), retain_graph=True)
-    u = torch.randn_like(first)
+    u = _gaussian(first)
     (product,) = torch.autograd.grad(first, entered, u)
     return d.detach() if torch.allclose(product, d * u, rtol=1e-4, atol=1e-6) else None
 
@@ -327,7 +347,8 @@ def partial_jacobian_norms(
     """Averaged partial Jacobian norms of every layer in one sweep, with error bars.
 
     `1/n_l E_x ||d h_l / d h_0||_F^2`: exact when the source has no more coordinates than `probes`, otherwise
-    from random signs v, `E ||J v||^2 = ||J||_F^2`. At criticality it stays of order one with depth.
+    from random signs v, `E ||J v||^2 = ||J||_F^2`, drawn from `generator` (None: one of its own, seed 0). At
+    criticality it stays of order one with depth.
 
     Raises:
         ValueError: fewer than two probes, unknown names, samples that depend on one another.
@@ -348,9 +369,9 @@ def partial_jacobian_norms(
     if exact:
         tangents = torch.eye(n, dtype=passes.point.dtype, device=passes.point.device).reshape(n, 1, *shape)
     else:
-        device = passes.point.device
-        signs = torch.randint(0, 2, (probes, 1, *shape), generator=generator, device=device)
-        tangents = 2.0 * signs.to(passes.point.dtype) - 1.0
+        own = torch.Generator().manual_seed(0) if generator is None else generator
+        signs = torch.randint(0, 2, (probes, 1, *shape), generator=own, device=own.device)
+        tangents = 2.0 * signs.to(passes.point) - 1.0
     (image,) = products.push((tangents.expand(-1, *passes.point.shape).contiguous(),))
     values, errors = [], []
     for piece in torch.split(image, passes.sizes(), dim=2):
