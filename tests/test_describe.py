@@ -376,3 +376,22 @@ def test_bad_input_is_refused_with_advice() -> None:
 
     with pytest.raises(TypeError, match="holds no tensor"):
         describe(Words(), X)
+
+
+class Split(nn.Module):
+    """Tensors taken apart in a call that gives several, as attention does with queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(16, 48), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.into(x).view(-1, 3, 16).permute(1, 0, 2)
+        d, e = (a * b + c).chunk(2, -1)
+        return self.out(torch.cat([d, e], -1))
+
+
+def test_calls_that_give_several_tensors_are_said_not_to_be_understood() -> None:
+    described = describe(Split(), X)
+    assert any("joins" in line or "elementwise" in line for line in described.unknown)
+    assert default_ends(Split(), X[:1]) == (None, None)

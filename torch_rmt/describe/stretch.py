@@ -162,7 +162,8 @@ def _is_elementwise(function: Callable[[Tensor], Tensor]) -> bool:
     except Exception:  # any call at all is tried here, on a shape it may not take: whatever it raises, it says no
         return False
     return (
-        value.shape == h.shape
+        isinstance(value, Tensor)  # unbind and chunk give several
+        and value.shape == h.shape
         and value.is_floating_point()
         and torch.allclose(permuted, value[order], rtol=1e-9, atol=1e-12)
         and torch.allclose(changed[:30], value[:30], rtol=1e-9, atol=1e-12)
