@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.spectra.prescribed import MATRIX_SPECTRA, generator, symmetric_matrix, symmetric_operator
-from torch_rmt.spectra import SLQ, DenseOperator, golub_kahan, lanczos, top_eigenvalues
+from torch_rmt.spectra import DenseOperator, golub_kahan, lanczos, top_eigenvalues
 from torch_rmt.spectra.golub_kahan import squared_gauss_rule
 from torch_rmt.spectra.lanczos import Reorthogonalise, gauss_rule
 from torch_rmt.spectra.probes import sphere
@@ -136,29 +135,6 @@ def test_no_ghosts_at_200_steps(dtype: torch.dtype, seed: int) -> None:
     wanted = values[np.argsort(-np.abs(values))][:10]
     np.testing.assert_allclose(found.values[:10], wanted, rtol=1e-5)
     assert len(np.unique(found.values.round(5))) == 12
-
-
-class _Reads(TorchDispatchMode):
-    """Counts scalars read from a tensor into Python, each of which would wait for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("reorthogonalise", ["none", "full"])
-def test_no_read_from_the_device_inside_an_iteration(reorthogonalise: Reorthogonalise) -> None:
-    operator = symmetric_operator("flat", 0)
-    rectangular = DenseOperator(operator.matrix[:, :70])
-    counts = []
-    for depth in (4, 40):
-        with _Reads() as reads:
-            SLQ(probes=2, depth=depth, reorthogonalise=reorthogonalise)(operator, generator(0))
-            SLQ(probes=2, depth=depth, reorthogonalise=reorthogonalise)(rectangular, generator(0))
-        counts.append(reads.count)
-    assert counts[0] == counts[1]
 
 
 def test_recurrences_refuse_what_they_cannot_do() -> None:

@@ -52,10 +52,10 @@ def lanczos(
     With "full" reorthogonalisation every new vector is made orthogonal to all earlier ones, twice (Kahan and
     Parlett: twice is enough), which costs memory for the basis and lets no ghost arise. "selective" does so
     only when the coefficients foretell that orthogonality is being lost (see `OrthogonalityForecast`) and is
-    as free of ghosts for a fraction of the work. With "none" the Gauss rule is as good for a density
-    (Greenbaum 1989) but Ritz values come back in several copies.
-    The scalars are kept in float64. After the first step nothing is read from the device until the last,
-    except by "selective", which decides at every step and is therefore meant for the CPU.
+    as free of ghosts for a fraction of the work; on an accelerator, where that decision would hold up the queue
+    at every step and passes over the basis are cheap, it is taken as "full". With "none" the Gauss rule is as good
+    for a density (Greenbaum 1989) but Ritz values come back in several copies.
+    The scalars are kept in float64. After the first step nothing is read from an accelerator until the last.
 
     Raises ValueError for an operator that is not symmetric, a zero start vector or non-finite products.
     """
@@ -71,7 +71,8 @@ def lanczos(
     previous = torch.zeros_like(q)
     beta = torch.zeros_like(lengths)
     scale = torch.zeros_like(lengths)
-    forecast = OrthogonalityForecast(probes, steps, dim, eps) if reorthogonalise == "selective" else None
+    chosen = reorthogonalise == "selective" and _decides_at_once(operator.device)
+    forecast = OrthogonalityForecast(probes, steps, dim, eps) if chosen else None
     wide = True
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
@@ -87,9 +88,8 @@ def lanczos(
             w = orthogonal_to(basis[:, : step + 1], w)
         scale = torch.maximum(scale, alpha.abs() + beta)
         if basis is not None and forecast is not None:
-            latest = torch.stack([alpha, unit(w, 10.0 * eps * scale, wide=wide)[1]])
-            require_finite(latest, operator)
-            if forecast.must_reorthogonalise(*latest.cpu().numpy()):
+            length = unit(w, 10.0 * eps * scale, wide=wide)[1]
+            if forecast.must_reorthogonalise(alpha.numpy(), length.numpy()):
                 w = orthogonal_to(basis[:, : step + 1], w)
         previous = q
         q, beta = unit(w, 10.0 * eps * scale, wide=wide)
@@ -101,6 +101,11 @@ def lanczos(
         raise ValueError("a start vector of the Lanczos recurrence is zero")
     host = table.cpu().numpy()
     return Tridiagonal(host[0], host[1], basis, q)
+
+
+def _decides_at_once(device: torch.device) -> bool:
+    """Whether the host has a number as soon as it is computed."""
+    return device.type == "cpu"
 
 
 def gauss_rule(

@@ -32,7 +32,8 @@ class OrthogonalityForecast:
         self.alphas = np.concatenate([self.alphas, alpha[:, None]], axis=1)
         self.betas = np.concatenate([self.betas, beta[:, None]], axis=1)
         seen = self.alphas.shape[1]
-        self._step(seen - 1)
+        with np.errstate(invalid="ignore", over="ignore"):  # a product that is not finite is told at the end
+            self._step(seen - 1)
         lost = float(np.abs(self.latest[:, 1 : seen + 1]).max()) > self.limit
         if lost or self.twice:
             self.latest[:, 1 : seen + 1] = self.local
