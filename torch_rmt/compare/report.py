@@ -33,7 +33,9 @@ class Distance:
     @property
     def ratio(self) -> float:
         """Distance in units of its noise floor."""
-        return self.value / self.noise if self.noise > 0 else math.inf * (self.value > 0)
+        if self.noise > 0:
+            return self.value / self.noise
+        return math.inf if self.value > 0 else 0.0
 
 
 @dataclass(frozen=True)
