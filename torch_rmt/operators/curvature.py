@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch_rmt.operators.batches import Batch, cut, read_batches
 from torch_rmt.operators.engines import FIRST_ORDER, SECOND_ORDER, Differentiable, Products, Tensors
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import Loss, adds_up, checked_loss, output_curvature
-from torch_rmt.operators.memory import graph_bytes, is_out_of_memory, room_for_graphs
+from torch_rmt.operators.memory import Footprint, free_bytes, is_out_of_memory, saved_bytes
 from torch_rmt.operators.of_model import SymmetricOfModel
 from torch_rmt.operators.pure import PureModel
 
 Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of rows (k, n)
+Pieces = Callable[[Tensor], Tensors]  # the same, the result in the shapes of the parameters
 
 
 class Curvature(SymmetricOfModel):
@@ -28,9 +30,9 @@ class Curvature(SymmetricOfModel):
 
     The parameters, modes and data are those at construction. Graphs are built at the first product and kept
     while they fit; `engine` says how products are made and what proved it, `notes` what was replaced or given
-    up. `max_memory` bounds the bytes of graphs and vectors: first the graphs are built anew in every product,
-    then batches are cut into parts (where the parts' losses average to the whole's). The same is done, after
-    smaller blocks of vectors, whenever a product runs out of memory.
+    up. `max_memory` bounds the bytes of graphs, temporaries and vectors (not those given to `matmat`): vectors are
+    multiplied fewer at a time, the graphs are built anew in every product, and batches are cut into parts (where the
+    parts' losses average to the whole's). The same is done whenever a product runs out of memory.
     """
 
     chunk = 16
@@ -60,8 +62,10 @@ class Curvature(SymmetricOfModel):
         self.notes = self.pure.notes
         self.output_form = ""
         self._jacobian: Products | None = None
-        self._kept: dict[int, Product] = {}
+        self._kept: dict[int, Pieces] = {}
         self.keep = True
+        self.max_memory = max_memory
+        self._saved: list[int] = []
         if max_memory is not None or len(self.batches) > 1:
             self._fit(max_memory)
 
@@ -71,20 +75,49 @@ class Curvature(SymmetricOfModel):
 
     def _fit(self, max_memory: int | None) -> None:
         """Choose what to keep and how far to cut the batches, within bytes."""
-        room = room_for_graphs(self.pure, max_memory)
-        sizes = [graph_bytes(self.pure, b.inputs) for b in self.batches]
-        self.keep = sum(sizes) <= room
+        room = free_bytes(self.device) // 2 if max_memory is None else max_memory
+        self.keep = self.footprint(keep=True).product(1) <= room
         if self.keep:
             return
         self.notes += ("the graphs of all batches do not fit: recomputed in every product",)
-        largest = max(sizes)
-        while max_memory is not None and largest > room and self._halve_batches():
-            largest = max(graph_bytes(self.pure, b.inputs) for b in self.batches)
-        if max_memory is not None and largest > room:
+        if max_memory is None:
+            return
+        while (need := self.footprint().product(1)) > room and self._halve_batches():
+            pass
+        if need > room:
             self.notes += (
-                f"max_memory={max_memory} is not kept to: one part of a batch takes about {largest} bytes and cannot "
-                "be cut further; use smaller batches",
+                f"max_memory={max_memory} is not kept to: a product with one part of a batch takes about {need} bytes "
+                "and cannot be cut further; use smaller batches, or fewer parameters (params=...)",
             )
+
+    def footprint(self, *, keep: bool | None = None) -> Footprint:
+        """Bytes of products with one vector or many; `keep` overrides what was decided about graphs."""
+        if len(self._saved) != len(self.batches):
+            self._saved = [saved_bytes(self.pure, b.inputs) for b in self.batches]
+        kept = sum(self._saved) if (self.keep if keep is None else keep) else max(self._saved)
+        vmapped = self._choice is not None and self._choice.block == "vmap"
+        return Footprint(kept, max(self._saved), self.shape[0] * self.dtype.itemsize, vmapped)
+
+    @contextmanager
+    def within(self, max_memory: int | None) -> Iterator[None]:
+        """Keep to so many bytes inside; what was decided before holds again outside."""
+        before = (self.max_memory, self.keep, self.batches, self.notes, self._saved)
+        tighter = max_memory is not None and (self.max_memory is None or max_memory < self.max_memory)
+        if tighter:
+            self._forget()
+            self.max_memory = max_memory
+            self._fit(max_memory)
+        try:
+            yield
+        finally:
+            if tighter:
+                self._forget()
+                self.max_memory, self.keep, self.batches, self.notes, self._saved = before
+
+    def _forget(self) -> None:
+        """Let kept graphs go."""
+        self._kept.clear()
+        self._jacobian = None
 
     def _halve_batches(self) -> bool:
         """Cut every batch in two, if the parts' losses average to the loss of the whole."""
@@ -117,10 +150,31 @@ class Curvature(SymmetricOfModel):
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Multiply by the k columns of V, in blocks; out of memory, in the next smaller way."""
-        rows = V.detach().T.contiguous()
+        width = self._at_once(V.shape[1])
+        if V.shape[1] <= width:
+            return self._in_memory(V.detach().T.contiguous()).T
+        image = V.new_empty(V.shape[1], V.shape[0])
+        for start in range(0, V.shape[1], width):
+            block = slice(start, start + width)
+            image[block] = self._in_memory(V[:, block].detach().T.contiguous())
+        return image.T
+
+    def _at_once(self, columns: int) -> int:
+        """How many columns `max_memory` allows to be multiplied at a time."""
+        if self.max_memory is None or columns < 2:
+            return columns
+        if self._choice is None:
+            self._in_memory(torch.ones(1, self.shape[0], dtype=self.dtype, device=self.device))
+        width = self.footprint().width(columns, self.max_memory)
+        if width < columns:
+            how = f"{max(1, width)} at a time" + (", and the result alone is too large" if width == 0 else "")
+            self._note("max_memory: vectors", f"are multiplied {how}")
+        return max(1, width)
+
+    def _in_memory(self, rows: Tensor) -> Tensor:
         while True:
             try:
-                return self._multiply(rows).T
+                return self._multiply(rows)
             except (RuntimeError, MemoryError) as problem:
                 if not is_out_of_memory(problem):
                     raise
@@ -130,14 +184,19 @@ class Curvature(SymmetricOfModel):
 
     def _multiply(self, rows: Tensor) -> Tensor:
         if len(self.batches) == 1 and rows.shape[0] == 1:
-            return self._product(0)(rows)
-        total = torch.zeros_like(rows)
+            return flat(self._product(0)(rows))
+        total = torch.empty_like(rows)
         for index, batch in enumerate(self.batches):
-            product = self._product(index)
+            product, share = self._product(index), self.share(batch)
             width = self.chunk if self._choice is not None and self._choice.block == "vmap" else 1
             for start in range(0, rows.shape[0], width):
                 block = slice(start, start + width)
-                total[block].add_(product(rows[block]), alpha=self.share(batch))
+                if index == 0:
+                    torch.cat(_rows(product(rows[block])), dim=1, out=total[block])
+                    if share != 1.0:
+                        total[block].mul_(share)
+                else:
+                    total[block].add_(flat(product(rows[block])), alpha=share)
         return total
 
     def _gave_up(self, problem: BaseException) -> bool:
@@ -154,13 +213,12 @@ class Curvature(SymmetricOfModel):
             self.keep = False
         else:
             return False
-        self._kept.clear()
-        self._jacobian = None
+        self._forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return True
 
-    def _product(self, index: int) -> Product:
+    def _product(self, index: int) -> Pieces:
         if index in self._kept:
             return self._kept[index]
         product = self._prepare(self.batches[index], index)
@@ -172,7 +230,7 @@ class Curvature(SymmetricOfModel):
         self._product(0)
 
     @abstractmethod
-    def _prepare(self, batch: Batch, index: int) -> Product:
+    def _prepare(self, batch: Batch, index: int) -> Pieces:
         """Build the product for one batch."""
 
     def _key(self, order: str) -> object:
@@ -197,7 +255,7 @@ class Curvature(SymmetricOfModel):
             self.pure.guarded,
             self.pure.within,
         )
-        products, self._choice = climb(f, FIRST_ORDER, self.pure.module, self._key("first"))
+        products, self._choice = climb(f, FIRST_ORDER, self.pure.module, self._key("first"), kept=self.keep)
         return products
 
 
@@ -224,10 +282,10 @@ class Hessian(Curvature):
                 [3., 2.]])
     """
 
-    def _prepare(self, batch: Batch, index: int) -> Product:
+    def _prepare(self, batch: Batch, index: int) -> Pieces:
         f = self._loss_of(batch)
-        products, self._choice = climb(f, SECOND_ORDER, self.pure.module, self._key("second"))
-        return lambda rows: flat(products.push(self.pure.split(rows)))
+        products, self._choice = climb(f, SECOND_ORDER, self.pure.module, self._key("second"), kept=self.keep)
+        return lambda rows: products.push(self.pure.split(rows))
 
 
 class GaussNewton(Curvature):
@@ -261,13 +319,13 @@ class GaussNewton(Curvature):
             return products
         return self._jacobian
 
-    def _prepare(self, batch: Batch, index: int) -> Product:
+    def _prepare(self, batch: Batch, index: int) -> Pieces:
         products = self._first(batch) if index == 0 else self._first_order(batch)
         middle = self._middle(products.value, batch, index)
 
-        def product(rows: Tensor) -> Tensor:
+        def product(rows: Tensor) -> Tensors:
             (image,) = products.push(self.pure.split(rows))
-            return flat(products.pull((middle(image),)))
+            return products.pull((middle(image),))
 
         return product
 
@@ -281,4 +339,8 @@ class GaussNewton(Curvature):
 
 def flat(pieces: Tensors) -> Tensor:
     """Concatenate a block of parameter-shaped tensors to rows `(k, n)`."""
-    return torch.cat([p.reshape(p.shape[0], -1) for p in pieces], dim=1)
+    return torch.cat(_rows(pieces), dim=1)
+
+
+def _rows(pieces: Tensors) -> list[Tensor]:
+    return [p.reshape(p.shape[0], -1) for p in pieces]

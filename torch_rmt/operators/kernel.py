@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch_rmt.operators.batches import sample_count
 from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.jacobian import in_blocks
 from torch_rmt.operators.ladder import climb
+from torch_rmt.operators.memory import Footprint, saved_bytes
 from torch_rmt.operators.of_model import SymmetricOfModel
 from torch_rmt.operators.places import check_called, find_place, hooked, tensor_at
 from torch_rmt.operators.pure import PureModel
@@ -48,6 +50,7 @@ class NeuralTangentKernel(SymmetricOfModel):
         with self.pure.guarded(), torch.no_grad():
             self._output_shape = self.pure(self.pure.params, self.inputs).shape
         self._products: Products | None = None
+        self._saved = 0
         self.notes = self.pure.notes
 
     @property
@@ -68,8 +71,27 @@ class NeuralTangentKernel(SymmetricOfModel):
             )
             modes = tuple(training for _, training in self.pure.modes)
             key = ("ntk", modes, self.dtype, tuple(self.pure.names))
-            self._products, self._choice = climb(f, FIRST_ORDER, self.pure.module, key)
+            self._products, self._choice = climb(f, FIRST_ORDER, self.pure.module, key, kept=True)
         return self._products
+
+    def footprint(self) -> Footprint:
+        """Bytes of products with one vector or many."""
+        if not self._saved:
+            self._saved = saved_bytes(self.pure, self.inputs)
+        vmapped = self._choice is not None and self._choice.block == "vmap"
+        return Footprint(self._saved, self._saved, self.pure.n_params * self.dtype.itemsize, vmapped)
+
+    @contextmanager
+    def within(self, max_memory: int | None) -> Iterator[None]:
+        """Multiply so few vectors at a time inside as keep to so many bytes, where one vector does."""
+        before = self.chunk
+        if max_memory is not None:
+            self._prepared()
+            self.chunk = max(1, min(before, self.footprint().width(before, max_memory)))
+        try:
+            yield
+        finally:
+            self.chunk = before
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns `J J^T u`."""

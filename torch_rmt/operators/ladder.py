@@ -28,6 +28,7 @@ from torch_rmt.operators.engines import (
     unguarded,
 )
 from torch_rmt.operators.memory import is_out_of_memory
+from torch_rmt.operators.taped import taped
 
 Engine = tuple[str, Callable[[Differentiable, Block], Products]]
 # Engines that run plain autograd: a checkpointed forward pass that runs again must see plain tensors, so no
@@ -40,7 +41,7 @@ _LARGE = 50_000
 _NO_RULE = "not yet implemented the batching rule for"
 _PLAIN = "double backward"
 _FORWARD = "forward mode"
-_BLOCKS: dict[str, Block] = {"vmap": batched, "loop": stacked, "plain loop": unguarded}
+_BLOCKS: dict[str, Block] = {"vmap": batched, "loop": stacked, "plain loop": unguarded, "tape": taped}
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,17 @@ class Choice:
 _proved: weakref.WeakKeyDictionary[nn.Module, dict[object, Choice]] = weakref.WeakKeyDictionary()
 
 
-def climb(f: Differentiable, engines: Sequence[Engine], module: nn.Module, key: object) -> tuple[Products, Choice]:
+def climb(
+    f: Differentiable, engines: Sequence[Engine], module: nn.Module, key: object, *, kept: bool = False
+) -> tuple[Products, Choice]:
     """Prepare products with the first engine that runs and is confirmed by another.
+
+    `kept` says that the products will serve many vectors, so that writing a tape pays.
 
     Raises:
         EngineError: no engine runs, or no two agree; with what each of them said.
     """
+    key = (key, kept)
     known = _proved.setdefault(module, {}).get(key)
     if known is not None:
         try:
@@ -105,6 +111,11 @@ def climb(f: Differentiable, engines: Sequence[Engine], module: nn.Module, key: 
             vetoed = gap <= allowed and _vetoed(f, dict(engines), direction, image)
             if gap <= allowed and not vetoed:
                 if _busy(f) and name == _PLAIN:
+                    played = _on_tape(f, engine, direction, image) if kept else None
+                    if played is not None:
+                        choice = Choice(name, "tape", f"agrees with {other} to {gap:.0e}; played from a tape")
+                        _proved.setdefault(module, {})[key] = choice
+                        return played, choice
                     if _forward_pays(f, engines, module, direction, reference):
                         choice = Choice(_FORWARD, "loop", f"agrees with {other}; forward passes are cheap here")
                         _proved.setdefault(module, {})[key] = choice
@@ -139,6 +150,19 @@ def _tried(
 def _busy(f: Differentiable) -> bool:
     """Whether one vector keeps the device busy."""
     return sum(p.numel() for p in f.point) > _LARGE and f.point[0].device.type == "cpu"
+
+
+def _on_tape(
+    f: Differentiable, engine: Callable[[Differentiable, Block], Products], direction: Tensors, image: Tensor
+) -> Products | None:
+    """Products played from a tape that was written for other vectors, if they are those of the graph."""
+    products = engine(f, taped)
+    u = products.push(tuple(t.roll(1, -1) + 0.5 for t in direction))[0]
+    if products.pull is not products.push:
+        products.pull((torch.ones_like(u),))
+    right = _gap(_flat(products.push(direction)), image) <= _tolerance(f, _PLAIN, _PLAIN)
+    right = right and _adjoint_gap(f, products, direction) <= _adjoint_tolerance(f, _PLAIN)
+    return products if right else None
 
 
 def _forward_pays(
