@@ -19,9 +19,9 @@ from torch_rmt.theory import (
     normalised_chi,
     residual_spectrum,
 )
-from torch_rmt.theory.architecture import pre_activation_moments
 from torch_rmt.theory.finite_size import scale_variance
 from torch_rmt.theory.moments import second_moment
+from torch_rmt.theory.propagation import pre_activation_moments
 
 
 def draw_weights(n_out: int, n_in: int, ensemble: str, generator: torch.Generator) -> torch.Tensor:

@@ -8,7 +8,8 @@ import pytest
 from torch_rmt.measures import Discrete, FussCatalan, MarchenkoPastur, PointMass, free_mul
 from torch_rmt.theory import Architecture, JacobianLaw, Layer, as_activation, jacobian_spectrum, leaky_relu
 from torch_rmt.theory.chain import Chain
-from torch_rmt.theory.chain_parts import Kind, Term
+from torch_rmt.theory.chain_kind import Kind
+from torch_rmt.theory.chain_parts import Term
 from torch_rmt.theory.equal_layers import EqualLayers
 from torch_rmt.theory.isometry import critical_q, limit_law, shifted_relu, slope_variance, universality_class
 from torch_rmt.theory.slope_law import slope_law

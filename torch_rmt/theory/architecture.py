@@ -9,11 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from torch_rmt.measures import PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation, Number, as_activation
-from torch_rmt.theory.mean_field import checked_dropout, checked_sigma, mean_field
-from torch_rmt.theory.moments import is_scale_invariant, mean_value, second_moment
+from torch_rmt.theory.mean_field import checked_dropout, checked_sigma
 
 Ensemble = Literal["gaussian", "orthogonal"]
 Normalisation = Literal["layer", "rms", "batch"]
@@ -244,92 +242,3 @@ class Architecture:
         if n_out is not None:
             layers.append(Layer(width, n_out, None, sigma_w, sigma_b, ensemble, None, f"{depth}"))
         return cls(tuple(layers), input_second_moment)
-
-
-@dataclass(frozen=True)
-class Signal:
-    """What arrives at a layer's activation.
-
-    Fields:
-        q: its mean square.
-        divisor: what the normalisation divided the mean square by; one without normalisation.
-    """
-
-    q: float
-    divisor: float = 1.0
-
-
-def pre_activation_moments(architecture: Architecture) -> tuple[float, ...]:
-    """q of every layer, as the activation sees it: one behind a normalisation; else as in `propagate`."""
-    return tuple(signal.q for signal in propagate(architecture))
-
-
-def propagate(architecture: Architecture) -> tuple[Signal, ...]:
-    """The signal at every layer: what the layer states, else the recursion from the input, else its fixed point.
-
-    v <- E phi(sqrt(q) Z)^2 / (1 - dropout) after a layer with pre-activation q = gain v + sigma_b^2; a normalisation
-    divides by q less the square of the mean that it takes off, and passes on one.
-
-    Raises:
-        ValueError: a layer whose length map has no finite fixed point, when no input moment is given; a
-            normalisation with nothing to normalise.
-    """
-    result: list[Signal] = []
-    known: dict[tuple[int, float, float, float], float] = {}
-    second, mean = architecture.input_second_moment, 0.0
-    layers = plain_layers(architecture)
-    needs_mean = any(layer.normalisation is not None for layer in layers)
-    for layer in layers:
-        incoming, keep = second, 1.0 - float(layer.dropout)
-        if layer.normalisation is not None and incoming is None:
-            # As if a like layer came before.
-            incoming = 1.0 if layer.activation is None else second_moment(layer.activation, 1.0) / keep
-            mean = 0.0 if layer.activation is None else mean_value(layer.activation, 1.0)
-        gain, identity = _gain(layer), isinstance(layer.ensemble, PointMass)
-        if layer.q is not None:
-            q = float(layer.q)
-        elif incoming is not None:
-            q = gain * incoming + layer.sigma_b**2
-        else:
-            key = id(layer.activation), float(layer.sigma_w), float(layer.sigma_b), keep
-            q = known[key] = known[key] if key in known else _fixed_point(layer)
-        divisor = 1.0
-        if layer.normalisation is None:
-            mean = mean * gain**0.5 if identity else 0.0
-        else:
-            taken_off = 0.0
-            if layer.normalisation == "batch":
-                taken_off = gain * mean**2 + layer.sigma_b**2
-            elif layer.normalisation == "layer" and identity:
-                taken_off = gain * mean**2
-            divisor = q - taken_off
-            if divisor <= 1e-12 * q:
-                raise ValueError(f"layer {layer.name!r} leaves nothing to normalise: its pre-activations do not vary.")
-            mean = mean * (gain / divisor) ** 0.5 if identity and layer.normalisation == "rms" else 0.0
-        normalised = layer.normalisation is not None
-        result.append(Signal(1.0 if normalised else float(q), divisor))
-        if incoming is not None or layer.q is not None or normalised:
-            second = result[-1].q / keep
-            if layer.activation is not None:
-                second = second_moment(layer.activation, result[-1].q) / keep
-                mean = mean_value(layer.activation, result[-1].q) if needs_mean else 0.0
-    return tuple(result)
-
-
-def _gain(layer: Layer) -> float:
-    """Mean square out over mean square in of the weights alone."""
-    if isinstance(layer.ensemble, SpectralMeasure):
-        return layer.ensemble.mean * layer.n_in / layer.n_out
-    return float(layer.sigma_w) ** 2
-
-
-def _fixed_point(layer: Layer) -> float:
-    if layer.activation is None or is_scale_invariant(layer.activation):
-        return 1.0  # the slopes do not depend on it
-    q = mean_field(layer.activation, layer.sigma_w, layer.sigma_b, dropout=layer.dropout).q_star
-    if not np.isfinite(q):
-        raise ValueError(
-            f"the signal of layer {layer.name!r} ({layer.activation.name}, sigma_w = {layer.sigma_w:g}) grows without "
-            "end: give input_second_moment or the layer's q, or a smaller sigma_w."
-        )
-    return q

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float
 from torch_rmt.theory.chain_equations import ChainEquations
 from torch_rmt.theory.chain_parts import Inner, Points, State, put, take
 from torch_rmt.theory.chain_table import Band, Table, hermite
-from torch_rmt.theory.slope_law import x_log_x
 
 Reals = Float[np.ndarray, " points"]
 Flags = Bool[np.ndarray, " points"]
@@ -46,7 +45,10 @@ class Chain(ChainEquations):
         # M from 0 to -lowest by a logistic in the grid, both ends resolved.
         y = np.log(self.lowest) - np.logaddexp(0.0, -grid)
         state = self.real_state(y, -1.0)
-        good = np.isfinite(state.t.real) & (np.abs(state.mismatch).max(axis=0, initial=0.0) < 1e-3)
+        with np.errstate(all="ignore"):
+            # Where an unknown runs off as M comes near its end, rounding of M moves it far.
+            off = np.abs(state.correction) / np.maximum(1.0, np.abs(state.follow))
+        good = np.isfinite(state.t.real) & (off.max(axis=0, initial=0.0) < 1e-3)
         t, order = np.unique(state.t.real[good], return_index=True)
         return t, state.y[good][order], state.v[:, good][:, order]
 
@@ -63,7 +65,7 @@ class Chain(ChainEquations):
             return np.asarray(np.where(t < knots[0], first, inside))
 
         y = follow(y_knots.real) - 1j * np.pi
-        v = np.array([follow(row.real) for row in v_knots]).reshape(len(self.kinds), len(t)) + 1j * np.pi
+        v = np.array([follow(row.real) for row in v_knots]).reshape(self.unknowns, len(t)) + 1j * self.turn
         state = self.evaluate(y, v)
         for _ in range(12):
             dy, dv = self.newton(state, t + 1j * np.pi)
@@ -72,7 +74,7 @@ class Chain(ChainEquations):
                 break
             cut = np.minimum(1.0, 0.5 / np.maximum(size, 1e-300))
             new_y = np.minimum((state.y + cut * dy).real, np.log(self.lowest) - 1e-18) - 1j * np.pi
-            state = self.evaluate(new_y, (state.v + cut * dv).real + 1j * np.pi)
+            state = self.evaluate(new_y, (state.v + cut * dv).real + 1j * self.turn)
         return state
 
     def above(self, log_z: Points) -> tuple[State, Flags]:
@@ -112,15 +114,22 @@ class Chain(ChainEquations):
         with np.errstate(all="ignore"):
             dy = (goal - here) / state.rate
             dy *= np.minimum(1.0, 0.7 / np.abs(dy))
-            new, size = self._polish(state.y + dy, state.v + dy[None, :] / state.pull, goal, 9)
+            new, size = self._polish(state.y + dy, state.v + dy[None, :] * state.follow, goal, 9)
             on_axis = goal.imag == 0
             inside = self._inside(new, size)
             shut = (new.y.imag <= 1e-9) & (new.y.imag >= -np.pi - 1e-9)
-            shut &= ((new.v.imag >= -1e-9) & (new.v.imag <= np.pi + 1e-9)).all(axis=0)
+            shut &= ((new.v.imag >= self.low - 1e-9) & (new.v.imag <= self.high + 1e-9)).all(axis=0)
+            shut &= self._contained(new)
         return new, np.asarray((size < 1e-8) & np.where(on_axis, inside, shut))
 
-    @staticmethod
-    def _inside(state: State, size: Reals | float = 0.0) -> Flags:
+    def _contained(self, state: State) -> Flags:
+        """Whether every part says that its unknowns are where they belong."""
+        good = np.ones(state.y.shape, dtype=bool)
+        for kind, rows in zip(self.kinds, self.rows, strict=True):
+            good &= kind.contained(state.y, state.v[rows])
+        return good
+
+    def _inside(self, state: State, size: Reals | float = 0.0) -> Flags:
         """Whether M and all w_k lie in the open half-planes, beyond what quadrature and rounding may fake.
 
         `size` is Newton's last step: one that is not small beside the distance from the border may be on its way to a
@@ -128,11 +137,12 @@ class Chain(ChainEquations):
         """
         far = np.maximum(_THIN, 4.0 * size)
         inside = (-state.y.imag > far) & (state.y.imag > far - np.pi)
-        return np.asarray(inside & ((state.v.imag > 0) & (state.v.imag < np.pi)).all(axis=0))
+        inside &= ((state.v.imag > self.low) & (state.v.imag < self.high)).all(axis=0)
+        return np.asarray(inside & self._contained(state))
 
     def _polish(self, y: Points, v: Inner, target: Points, steps: int) -> tuple[State, Reals]:
         """Newton, kept within the half-planes; the state and the size of the last step."""
-        state = State(y, v, y, y, v, v)
+        state = State(y, v, y, y, v, v, y)
         sizes = np.full(y.shape, np.inf)
         active = np.arange(len(y))
         with np.errstate(all="ignore"):
@@ -144,10 +154,11 @@ class Chain(ChainEquations):
                 new_y, new_v = here.y + cut * dy, here.v + cut * dv
                 # Steps that would leave the half-planes go three quarters of the way to their border.
                 low_y, high_y = -np.pi + (np.pi + here.y.imag) / 4, here.y.imag / 4
-                low_v, high_v = here.v.imag / 4, np.pi - (np.pi - here.v.imag) / 4
+                low_v = self.low + (here.v.imag - self.low) / 4
+                high_v = self.high - (self.high - here.v.imag) / 4
                 new_y = new_y.real + 1j * np.clip(new_y.imag, np.minimum(low_y, high_y), np.maximum(low_y, high_y))
                 new_v = new_v.real + 1j * np.clip(new_v.imag, low_v, high_v)
-                state = put(state, active, State(new_y, new_v, here.t, here.rate, here.pull, here.mismatch))
+                state = put(state, active, replace(here, y=new_y, v=new_v))
                 sizes[active] = np.where(np.isfinite(size), size, np.inf)
                 # After a step of this size the error is its square, over the distance from the nearest branch point.
                 margin = np.minimum(np.minimum(-here.y.imag, np.pi + here.y.imag), 1.0)
@@ -240,12 +251,12 @@ class Chain(ChainEquations):
         """Newton on the axis for some of the points, and which of all came to rest inside the half-planes."""
         good = np.zeros(len(t), dtype=bool)
         empty = np.full(len(t), np.nan + 0j)
-        rows = np.full((len(self.kinds), len(t)), np.nan + 0j)
-        state = State(empty, rows, empty, empty, rows, rows)
+        rows = np.full((self.unknowns, len(t)), np.nan + 0j)
+        state = State(empty, rows, empty, empty, rows, rows, empty)
         at = np.flatnonzero(which)
         if len(at):
             start_y = y[at].real + 1j * np.clip(y[at].imag, -np.pi + 1e-12, -1e-12)
-            start_v = v[:, at].real + 1j * np.clip(v[:, at].imag, 1e-12, np.pi - 1e-12)
+            start_v = v[:, at].real + 1j * np.clip(v[:, at].imag, self.low + 1e-12, self.high - 1e-12)
             found, size = self._polish(start_y, start_v, t[at] + 0j, 12)
             state = put(state, at, found)
             good[at] = (size < 1e-7) & self._inside(found, size)
@@ -287,7 +298,7 @@ class Chain(ChainEquations):
     def solve(self, t: Reals) -> tuple[Inner, Points]:
         """(w, M) at real t inside the spectrum; NaN outside."""
         y = np.full(t.shape, np.nan + 0j)
-        v = np.full((len(self.kinds), len(t)), np.nan + 0j)
+        v = np.full((self.unknowns, len(t)), np.nan + 0j)
         for band in self.bands:
             reach = band.low if band.table.x[0] < band.table.span / _COARSE else float(band.table.t[0]) - 1e-9
             inside = np.flatnonzero((t > reach) & (t < band.high))
@@ -316,16 +327,9 @@ class Chain(ChainEquations):
 
     def potential(self, log_z: Points, w: Inner, u: Points) -> Points:
         """Integral of log(z - lambda): (1 + M) log z - I(M), I the integral of log z over M from 0."""
-        m = u
-        total = x_log_x(1.0 + m) - x_log_x(m) + self.drift * m**2 / 2
-        for term in self.terms:
-            if term.b == 0.0:
-                total = total + term.count * m * np.log(term.a)
-                continue
-            inner = term.a + term.b * m
-            total = total + term.count * ((x_log_x(inner) - term.a * np.log(term.a)) / term.b - m)
-        for k, kind in enumerate(self.kinds):
-            x = kind.scale * m
-            piece = x_log_x(x) - x_log_x(1.0 + x) + x * np.log(w[k]) - kind.law.mean_log(w[k])
-            total = total + kind.count * piece / kind.scale
-        return np.asarray((1.0 + m) * log_z - total)
+        with np.errstate(all="ignore"):
+            v = np.log(w)
+        # The unknowns' own branch: their arguments lie between `low` and `high`, which are at most a turn apart.
+        middle = (self.low + self.high) / 2
+        v = v.real + 1j * (v.imag + 2 * np.pi * np.round((middle - v.imag) / (2 * np.pi)))
+        return np.asarray((1.0 + u) * log_z - self.primitive(u, v))

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Complex
-
-from torch_rmt.theory.slope_law import NodeLaw
+from jaxtyping import Bool, Complex, Float
 
 Points = Complex[np.ndarray, " points"]
-Inner = Complex[np.ndarray, "kinds points"]
+Inner = Complex[np.ndarray, "unknowns points"]
+Reals = Float[np.ndarray, " points"]
+Flags = Bool[np.ndarray, " points"]
+Bounds = Float[np.ndarray, " unknowns"]
 
-
-@dataclass(frozen=True, eq=False)
-class Kind:
-    """`count` factors with one law s of mean one, seen through u = scale * M: adds count * log(u w / (1 + u)) to log z.
-
-    w solves E[s / (w - s)] = u.
-    """
-
-    law: NodeLaw
-    scale: float
-    count: float
+_NAMES = ("y", "v", "t", "rate", "follow", "correction", "lag")  # the fields of a State
 
 
 @dataclass(frozen=True)
@@ -37,34 +28,102 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A solution at one or many points: y = log M and v_k = log w_k, with the slopes that Newton needs.
+    """A solution at one or many points: y = log M and the inner unknowns v, with the slopes that Newton needs.
 
     Fields:
         y, v: the unknowns.
-        t: log z that they give, exact once `mismatch` is zero.
-        rate: dt / dy with the w_k following.
-        pull: d log M_k / d v_k.
-        mismatch: log M_k(w_k) - log(scale_k M).
+        t: log z that they give, exact once `correction` is zero.
+        rate: dt / dy with the v following.
+        follow: dv / dy.
+        correction: the Newton step of v at fixed y.
+        lag: what that step adds to t, to first order.
     """
 
     y: Points
     v: Inner
     t: Points
     rate: Points
-    pull: Inner
-    mismatch: Inner
+    follow: Inner
+    correction: Inner
+    lag: Points
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one part of a chain adds to a `State`: to t, rate and lag, and the rows of its own unknowns."""
+
+    t: Points
+    rate: Points
+    lag: Points
+    follow: Inner
+    correction: Inner
+
+
+class Part(ABC):
+    """A factor of the master equation with unknowns of its own, each the logarithm of a number off the real axis.
+
+    Their imaginary parts lie between `low` and `high` where z is in the open upper half-plane.
+
+    Fields:
+        count: how often the factor is taken.
+    """
+
+    count: float
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many unknowns it has."""
+
+    @property
+    @abstractmethod
+    def low(self) -> Bounds:
+        """Below the imaginary parts of the unknowns."""
+
+    @property
+    @abstractmethod
+    def high(self) -> Bounds:
+        """Above them."""
+
+    @property
+    @abstractmethod
+    def turn(self) -> Bounds:
+        """Their values where z is negative."""
+
+    @property
+    @abstractmethod
+    def has_gaps(self) -> bool:
+        """Whether its own spectrum may be in several pieces."""
+
+    @abstractmethod
+    def evaluate(self, y: Points, v: Inner) -> Share:
+        """Its share at log M = y."""
+
+    @abstractmethod
+    def start(self, m: Reals) -> Inner:
+        """The unknowns at real M > -1, from scratch; NaN where the factor does not reach."""
+
+    @abstractmethod
+    def primitive(self, m: Points, v: Inner) -> Points:
+        """Integral of its share of t over M, from 0."""
+
+    @abstractmethod
+    def order_at(self, lowest: float) -> float:
+        """With which power of M + lowest its factor of z vanishes as M falls to -lowest."""
+
+    @abstractmethod
+    def gapped_below(self, lowest: float) -> bool:
+        """Whether its unknowns are analytic where M passes -lowest, so that it lets the spectrum end above zero."""
+
+    def contained(self, y: Points, v: Inner) -> Flags:
+        """Whether what `low` and `high` do not say of the half-planes holds too."""
+        return np.ones(y.shape, dtype=bool)
 
 
 def take(state: State, where: np.ndarray, *, lost: bool = False) -> State:
     """The state at some of its points; all NaN if lost."""
-    part = State(
-        state.y[where], state.v[:, where], state.t[where], state.rate[where], state.pull[:, where],
-        state.mismatch[:, where],
-    )  # fmt: skip
-    if lost:
-        nan = np.full_like(part.y, np.nan)
-        part = State(nan, np.full_like(part.v, np.nan), nan, nan, part.v * np.nan, part.v * np.nan)
-    return part
+    part = State(*(getattr(state, name)[..., where] for name in _NAMES))
+    return State(*(getattr(part, name) * np.nan for name in _NAMES)) if lost else part
 
 
 def put(state: State, where: np.ndarray, part: State) -> State:
@@ -75,5 +134,4 @@ def put(state: State, where: np.ndarray, part: State) -> State:
         whole[..., where] = piece
         return whole
 
-    names: Sequence[str] = ("y", "v", "t", "rate", "pull", "mismatch")
-    return State(*(merge(getattr(state, name), getattr(part, name)) for name in names))
+    return State(*(merge(getattr(state, name), getattr(part, name)) for name in _NAMES))

@@ -80,7 +80,7 @@ class Table:
         """The solution and its slopes in x."""
         with np.errstate(all="ignore"):
             slope = self._rate(x) / state.rate
-            return state.y, state.v, slope, slope[None, :] / state.pull
+            return state.y, state.v, slope, slope[None, :] * state.follow
 
     def only(self, which: np.ndarray) -> Table:
         """The table at some of its knots."""

@@ -12,14 +12,18 @@ from jaxtyping import Float
 from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
-from torch_rmt.theory.architecture import Architecture, Layer, Signal, plain_layers
+from torch_rmt.theory.architecture import Architecture, Layer, Residual
 from torch_rmt.theory.atomic_chain import AtomicChain
+from torch_rmt.theory.block import Block, Shortcut
 from torch_rmt.theory.chain import Chain
-from torch_rmt.theory.chain_parts import Kind, Term
+from torch_rmt.theory.chain_kind import Kind
+from torch_rmt.theory.chain_parts import Term
 from torch_rmt.theory.equal_layers import EqualLayers
 from torch_rmt.theory.jacobian_law import Solver
+from torch_rmt.theory.like_blocks import gathered
 from torch_rmt.theory.like_layers import representative_moments
 from torch_rmt.theory.moments import is_scale_invariant, slope_moment
+from torch_rmt.theory.propagation import BlockSignal, Signal, sum_gain, weight_gain
 from torch_rmt.theory.series import moments_from_s, multiply, power, s_series
 from torch_rmt.theory.slope_law import NodeLaw, slope_law
 
@@ -53,6 +57,7 @@ class Factors:
     gaussians: int = 0
     plain: bool = True
     atomic: list[tuple[NodeLaw, float]] | None = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
     def add_term(self, a: float, b: float, count: float = 1.0) -> None:
         """Multiply z by (a + b M)^count, a constant part taken into the scale."""
@@ -124,11 +129,30 @@ class Factors:
             lost, rise = (layer.n_in - layer.n_out) / first, float(np.log(layer.n_out / layer.n_in))
             self._narrow((kept - lost, log - rise) for kept, log in self.constants)
 
+    def add_block(self, block: Block) -> None:
+        """Multiply by residual blocks; scaled to mean one."""
+        self.atomic, self.plain = None, False
+        self.log_scale += block.count * float(np.log(block.mean))
+        at_one = block.count * float(np.log(block.shortcut.scale / block.mean))
+        lost = block.count * (1.0 - block.at_shortcut) / block.scale
+        self._narrow((kept - lost, log + at_one) for kept, log in self.constants)
+        self.blocks.append(block)
+
+    def chain(self) -> Chain:
+        """The solver for factors of any sort."""
+        kinds = tuple(
+            Kind(law.scaled(1.0 / law.moment(1)), scale, count) for (_, scale), (law, count) in self.kinds.items()
+        )
+        terms = tuple(Term(a, b, count) for (a, b), count in self.terms.items())
+        return Chain(terms, (*kinds, *self.blocks), self.rank)
+
     def _narrow(self, constants: Iterable[tuple[float, float]]) -> None:
         self.constants = [(kept, log) for kept, log in constants if kept > 1e-12]
 
     def single_law(self) -> tuple[list[float], list[float]] | None:
         """(log locations, masses) where the whole law is atoms: no mixing factor, or one Discrete law alone."""
+        if self.blocks:
+            return None
         if self.gaussians or self.kinds:
             laws = list(self.kinds.values())
             alone = not self.terms and len(laws) == 1 and laws[0][1] == 1 and not laws[0][0].ranges
@@ -172,6 +196,9 @@ class Factors:
             mean = law.moment(1)
             one = s_series([law.moment(k) / mean**k for k in range(_MOMENTS)]) * scale ** np.arange(orders)
             s = multiply(s, power(one, count))
+        for block in self.blocks:
+            one = block.s_series() * block.mean * block.scale ** np.arange(orders)
+            s = multiply(s, power(one, block.count))
         return moments_from_s(s)
 
     def atomic_chain(self) -> AtomicChain | None:
@@ -187,17 +214,12 @@ class Factors:
 
     def solver(self) -> Solver:
         """The solver for these factors: without choice of branch for equal layers, by continuation for others."""
-        kinds = tuple(
-            Kind(law.scaled(1.0 / law.moment(1)), scale, count) for (_, scale), (law, count) in self.kinds.items()
-        )
-        equal = len(kinds) == 1 and self.plain and self.gaussians in (0, kinds[0].count)
-        if equal and set(self.terms) <= {(1.0, 1.0)} and self.terms.get((1.0, 1.0), 0.0) == self.gaussians:
-            return EqualLayers(kinds[0].law, kinds[0].count, self.gaussians > 0)
-        atomic = self.atomic_chain()
-        if atomic is not None:
-            return atomic
-        terms = tuple(Term(a, b, count) for (a, b), count in self.terms.items())
-        return Chain(terms, kinds, self.rank)
+        if len(self.kinds) == 1 and self.plain:
+            ((law, count),) = self.kinds.values()
+            equal = self.gaussians in (0, count) and set(self.terms) <= {(1.0, 1.0)}
+            if equal and self.terms.get((1.0, 1.0), 0.0) == self.gaussians:
+                return EqualLayers(law.scaled(1.0 / law.moment(1)), count, self.gaussians > 0)
+        return self.atomic_chain() or self.chain()
 
 
 def collect(architecture: Architecture, signals: tuple[Signal, ...]) -> Factors:
@@ -206,17 +228,29 @@ def collect(architecture: Architecture, signals: tuple[Signal, ...]) -> Factors:
     Layers of one activation and width whose q differ are gathered into the few kinds of `representative_moments`;
     the constant factor, hence the mean, keeps the value that every layer's own q gives.
     """
-    factors = Factors()
-    first = architecture.layers[0].n_in
     # One orthogonal layer has w = z, on the cut itself: twice the nodes.
-    order = 28 if len(architecture.layers) == 1 else 14
+    return _collected(architecture.layers, signals, order=28 if len(architecture.layers) == 1 else 14)
+
+
+def _collected(layers: tuple[Layer | Residual, ...], signals: tuple[Signal, ...], order: int) -> Factors:
+    factors, first = Factors(), layers[0].n_in
     alike: dict[tuple[int, float, float], tuple[Activation | None, list[float]]] = {}
-    for layer, signal in zip(plain_layers(architecture), signals, strict=True):
-        factors.add_weights(layer, first)
+    blocks: dict[float, list[tuple[Residual, BlockSignal]]] = {}
+    for layer, signal in zip(layers, signals, strict=True):
+        if isinstance(layer, Layer):
+            factors.add_weights(layer, first)
+        elif isinstance(signal, BlockSignal):
+            blocks.setdefault(first / layer.n_out, []).append((layer, signal))
         factors.log_scale -= float(np.log(signal.divisor))
         if layer.activation is not None or layer.dropout > 0:
             key = id(layer.activation), first / layer.n_out, float(layer.dropout)
             alike.setdefault(key, (layer.activation, []))[1].append(signal.q)
+    for scale, pairs in blocks.items():
+        for layer, signal, count in gathered(pairs):
+            block = residual_block(layer, signal).over(scale, count)
+            factors.add_block(block)
+            factors.log_scale -= count * float(np.log(block.mean))
+        factors.log_scale += sum(float(np.log(sum_gain(layer, signal))) for layer, signal in pairs)
     for (_, scale, dropout), (activation, qs) in alike.items():
         if activation is None:
             factors.add_law(slope_law(None, 1.0).thinned(dropout), scale, len(qs))
@@ -233,6 +267,20 @@ def collect(architecture: Architecture, signals: tuple[Signal, ...]) -> Factors:
         if not piecewise_linear:
             factors.log_scale += sum(float(np.log(slope_moment(activation, q))) for q in qs)
     return factors
+
+
+def residual_block(block: Residual, signal: BlockSignal) -> Block:
+    """The part that a residual block adds to a chain of its own width."""
+    branch = _collected(block.branch, signal.branch, order=14)
+    return Block(branch.chain(), branch.log_scale, _shortcut(block, signal.shortcut), 1.0, 1.0, branch.moments())
+
+
+def _shortcut(block: Residual, signals: tuple[Signal, ...]) -> Shortcut:
+    scale, gaussian = 1.0, False
+    for layer, signal in zip(block.shortcut, signals, strict=True):
+        scale *= weight_gain(layer) / signal.divisor
+        gaussian = gaussian or layer.ensemble == "gaussian"
+    return Shortcut(scale, gaussian)
 
 
 def _counted(moments: list[float]) -> tuple[tuple[float, float], ...]:

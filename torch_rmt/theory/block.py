@@ -1,0 +1,348 @@
+"""The law of |s(x) + A|^2, A a branch's Jacobian and s a shortcut, as one part of a chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float
+
+from torch_rmt.theory.chain import Chain
+from torch_rmt.theory.chain_parts import Bounds, Flags, Inner, Part, Points, Share, State
+from torch_rmt.theory.series import Other, Series, multiply, power, revert
+from torch_rmt.theory.series import s_series as series_of
+from torch_rmt.theory.slope_law import x_log_x
+
+Reals = Float[np.ndarray, " points"]
+
+_SETTLED = 1e-6  # what Newton's method may leave of an argument
+_ROUND = 1e-9  # of an argument: on which side of the negative axis a number counts
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A shortcut B: |B|^2 = scale for the identity and Haar matrices, of mean `scale` for a square Gaussian one.
+
+    Alone it has M_B = b at G^2 = k(b), k(b) = b (1 + b) / scale, or b / scale if Gaussian.
+    """
+
+    scale: float
+    gaussian: bool = False
+
+    @np.errstate(all="ignore")
+    def evaluate(self, log_b: Points) -> tuple[Points, Points]:
+        """log k(b) and its slope in log b."""
+        if self.gaussian:
+            return log_b - np.log(self.scale), np.ones_like(log_b)
+        b = np.exp(log_b)
+        return log_b + np.log(1.0 + b) - np.log(self.scale), 1.0 + b / (1.0 + b)
+
+    def roots(self, square: Reals) -> tuple[Reals, ...]:
+        """The real b with k(b) = square; NaN where there is none."""
+        if self.gaussian:
+            return (self.scale * square,)
+        with np.errstate(all="ignore"):
+            root = np.sqrt(1.0 + 4.0 * self.scale * square)
+            # Without cancellation at small squares.
+            upper = 2.0 * self.scale * square / (1.0 + root)
+            return upper, -1.0 - upper
+
+    def primitive(self, b: Points, log_b: Points) -> Points:
+        """Integral of log k over b, from 0."""
+        if self.gaussian:
+            return np.asarray(b * log_b - b - b * np.log(self.scale))
+        return np.asarray(b * log_b + x_log_x(1.0 + b) - 2.0 * b - b * np.log(self.scale))
+
+    def series(self, square: Series) -> Series:
+        """b as a power series, from that of k(b)."""
+        if self.gaussian:
+            return np.asarray(self.scale * square)
+        inside = 4.0 * self.scale * square
+        inside[0] += 1.0
+        root = power(inside, 0.5)
+        root[0] -= 1.0
+        return np.asarray(root / 2.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Block(Part):
+    """`count` factors with the law of |B + A|^2, scaled to mean one, for an R-diagonal A free of B.
+
+    The symmetrised singular laws add freely. With G their common Stieltjes transform, a and b the M of |A|^2 and |B|^2
+    at their own points, and S_A the branch's S-transform,
+        M = a + b,   G^2 = a (1 + a) S_A(a) = k(b),   1 / S(M) = M (1 + M) / G^2,
+    so that log M + log(1 + M) - log G^2 is added to log z. The unknowns are log a, log b and the branch's own.
+
+    Fields:
+        branch: the equations of |A|^2, in units of its mean.
+        log_scale: log of that mean.
+        moments: of |A|^2 in its unit.
+
+    Source: Haagerup and Larsen 2000, proposition 3.5 for R-diagonal sums; Nica and Speicher 1996 for u A, u Haar.
+    """
+
+    branch: Chain
+    log_scale: float
+    shortcut: Shortcut
+    scale: float
+    count: float
+    moments: Float[np.ndarray, " orders"]
+
+    @property
+    def mean(self) -> float:
+        """Mean of |B + A|^2, of which the law here is in units."""
+        return self.shortcut.scale + float(np.exp(self.log_scale))
+
+    def over(self, scale: float, count: float) -> Block:
+        """The same block, taken `count` times in a space of dimension n_0 / scale."""
+        return replace(self, scale=scale, count=count)
+
+    @property
+    def size(self) -> int:
+        """log a, log b, and the branch's unknowns."""
+        return 2 + self.branch.unknowns
+
+    @property
+    def low(self) -> Bounds:
+        """The subordination functions of the symmetrised laws lie in the upper half-plane, their squares anywhere."""
+        return np.concatenate([np.full(2, -2 * np.pi), np.where(self.branch.turn[:, 0] > 0, 0.0, -2 * np.pi)])
+
+    @property
+    def high(self) -> Bounds:
+        """As for `low`."""
+        return self.low + 2 * np.pi
+
+    @property
+    def turn(self) -> Bounds:
+        """a and b lie between -1 and 0 where z < 0."""
+        return np.concatenate([np.full(2, -np.pi), self.branch.turn[:, 0]])
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether the law may be in pieces: the branch's is, or it keeps away from zero."""
+        return self.branch.may_have_gaps or self.branch.lowest < 1.0 or not self.branch.reaches_zero
+
+    # --- equations
+
+    def _branch(self, log_a: Points, v: Inner) -> State:
+        """The branch at log a, t with its scale; beyond the negative axis by reflection."""
+        turned = log_a.imag < -np.pi - _ROUND
+        state = self.branch.evaluate(_reflected(log_a, turned), _reflected(v, turned))
+        fields = {name: np.where(turned, np.conj(getattr(state, name)), getattr(state, name))
+                  for name in ("rate", "follow", "correction", "lag")}  # fmt: skip
+        t = np.where(turned, np.conj(state.t) + 2j * np.pi, state.t) + self.log_scale
+        return State(log_a, v, t, **fields)
+
+    def evaluate(self, y: Points, v: Inner) -> Share:
+        """Its share at log M = y."""
+        log_u, log_a, log_b = y + np.log(self.scale), v[0], v[1]
+        u, a, b = np.exp(log_u), np.exp(log_a), np.exp(log_b)
+        inner = self._branch(log_a, v[2:])
+        # log G^2 from either side, the branch's unknowns corrected.
+        from_a, rate_a = 2.0 * np.log(1.0 + a) - inner.t - inner.lag, 2.0 * a / (1.0 + a) - inner.rate
+        from_b, rate_b = self.shortcut.evaluate(log_b)
+        part = a / (a + b)
+        excess, difference = np.log((a + b) / u), from_b - from_a
+        determinant = part * rate_b + (1.0 - part) * rate_a
+        follow_a, follow_b = rate_b / determinant, rate_a / determinant
+        correct_a = ((1.0 - part) * difference - rate_b * excess) / determinant
+        correct_b = -(part * difference + rate_a * excess) / determinant
+        t = log_u + np.log(1.0 + u) - from_b - np.log(self.mean)
+        rate = 1.0 + u / (1.0 + u) - rate_b * follow_b
+        follow = np.concatenate([[follow_a, follow_b], inner.follow * follow_a])
+        correction = np.concatenate([[correct_a, correct_b], inner.correction + inner.follow * correct_a])
+        return Share(self.count * t, self.count * rate, -self.count * rate_b * correct_b, follow, correction)
+
+    def contained(self, y: Points, v: Inner) -> Flags:
+        """Whether the block's own w = (1 + M)^2 / G^2 lies in the upper half-plane."""
+        u = self.scale * np.exp(y)
+        angle = (2.0 * np.log(1.0 + u) - self.shortcut.evaluate(v[1])[0]).imag
+        good = (angle > -_SETTLED) & (angle < np.pi + _SETTLED)  # zero where the block is alone
+        turned = v[0].imag < -np.pi - _ROUND
+        log_a, inner = _reflected(v[0], turned), _reflected(v[2:], turned)
+        for part, rows in zip(self.branch.kinds, self.branch.rows, strict=True):
+            good &= part.contained(log_a, inner[rows])
+        return np.asarray(good)
+
+    def primitive(self, m: Points, v: Inner) -> Points:
+        """Integral of its share of t over M, from 0."""
+        u, a, b = self.scale * m, np.exp(v[0]), np.exp(v[1])
+        turned = v[0].imag < -np.pi - _ROUND
+        inside = self.branch.primitive(np.where(turned, np.conj(a), a), _reflected(v[2:], turned))
+        inside = np.where(turned, np.conj(inside) + 2j * np.pi * a, inside) + self.log_scale * a
+        from_a = 2.0 * x_log_x(1.0 + a) - 2.0 * a - inside
+        total = x_log_x(u) + x_log_x(1.0 + u) - 2.0 * u - self.shortcut.primitive(b, v[1]) - from_a
+        return np.asarray(self.count * (total - u * np.log(self.mean)) / self.scale)
+
+    # --- real solutions
+
+    @cached_property
+    def _smallest(self) -> float:
+        """The inner radius squared of the branch, 1 / E|A|^-2."""
+        if self.branch.lowest < 1.0 - 1e-12:
+            return 0.0
+        state = self.branch.start(np.array([-16.0]))
+        a = float(np.exp(state.y.real[0]))
+        return float(np.exp(self.log_scale - 16.0)) * a / (1.0 - a) if a < 1.0 else 0.0
+
+    @cached_property
+    def _meets_zero(self) -> bool:
+        """Whether the rings that carry the eigenvalues of A and of B overlap: the density at zero is then positive."""
+        other = 0.0 if self.shortcut.gaussian else self.shortcut.scale
+        return self._smallest <= self.shortcut.scale and other <= float(np.exp(self.log_scale))
+
+    def order_at(self, lowest: float) -> float:
+        """With which power of M + lowest its factor of z vanishes as M falls to -lowest."""
+        return self.count if self._meets_zero and abs(self.scale * lowest - 1.0) < 1e-12 else 0.0
+
+    def gapped_below(self, lowest: float) -> bool:
+        """Whether its unknowns are analytic where M passes -lowest."""
+        return self.scale * lowest < 1.0 - 1e-12 or not self._meets_zero
+
+    @cached_property
+    @np.errstate(all="ignore")
+    def _above(self) -> tuple[Reals, Inner]:
+        """(log u, unknowns) for u > 0: z above the law."""
+        state = self.branch.real_state(np.linspace(-120.0, 40.0, 321), 1.0)
+        square = self._square(state)
+        b = self.shortcut.roots(square)[0]
+        u = np.exp(state.y.real) + b
+        rows = np.concatenate([[state.y, np.log(b) + 0j], state.v])
+        return _rising(np.log(u), rows)
+
+    @cached_property
+    @np.errstate(all="ignore")
+    def _negative(self) -> tuple[Reals, Inner]:
+        """(log(-u / (1 + u)), unknowns) for -1 < u < 0: z negative, z = -eta^2."""
+        log_eta = np.linspace(-60.0, 60.0, 241)
+        for _ in range(3):  # finer where the two b of one a meet
+            state = self.branch.start(2.0 * log_eta - self.log_scale)
+            below = 1.0 + 4.0 * self.shortcut.scale * self._square(state) < 0
+            fold = np.flatnonzero(below[1:] != below[:-1])
+            if self.shortcut.gaussian or not len(fold):
+                break
+            fine = [np.linspace(log_eta[i], log_eta[i + 1], 26)[1:-1] for i in fold]
+            log_eta = np.sort(np.concatenate([log_eta, *fine]))
+        places, columns = [], []
+        a, square = -np.exp(state.y.real), self._square(state)
+        for b in self.shortcut.roots(square):
+            rest = 1.0 + a + b
+            # 1 + M = eta |G| without cancellation where b is near -1.
+            good = (b < 0) & (b > -1.0) & (rest > 0) & np.isfinite(square)
+            places.append(np.log((-a - b)[good]) - np.log(rest[good]))
+            log_b = np.log(-b) - 1j * np.pi
+            columns.append(np.concatenate([[state.y, log_b], state.v])[:, good])
+        return _ascending(np.concatenate(places), np.concatenate(columns, axis=1))
+
+    @cached_property
+    @np.errstate(all="ignore")
+    def _below(self) -> tuple[Reals, Inner]:
+        """(log(-1 - u), unknowns) for u < -1: z between zero and a law that ends above it."""
+        grid = np.linspace(-60.0, 40.0, 321)
+        if self._smallest > self.shortcut.scale:
+            state = self.branch.real_state(np.log1p(np.exp(grid)), -1.0)
+            b = self.shortcut.roots(self._square(state))[0]
+            beyond = np.exp(grid) - b
+            rows = np.concatenate([[state.y, np.log(b) - 2j * np.pi], state.v])
+        else:
+            state = self.branch.real_state(grid, 1.0)
+            upper, b = self.shortcut.roots(self._square(state))
+            beyond = upper - np.exp(grid)
+            turned = np.where(self.branch.turn > 0, 2j * np.pi, -2j * np.pi)
+            rows = np.concatenate([[state.y - 2j * np.pi, np.log(-b) - 1j * np.pi], state.v + turned])
+        return _rising(np.log(beyond), rows)
+
+    def _square(self, state: State) -> Reals:
+        """G^2 = (1 + a)^2 / w_A at real points of the branch, negative with z."""
+        sign = np.where((state.y.imag < -1.0) & (np.exp(state.y.real) < 1.0), -1.0, 1.0)
+        a = np.where(state.y.imag < -1.0, -1.0, 1.0) * np.exp(state.y.real)
+        return np.asarray(sign * np.exp(2.0 * np.log(np.abs(1.0 + a)) - state.t.real - self.log_scale))
+
+    @np.errstate(all="ignore")
+    def start(self, m: Reals) -> Inner:
+        """The unknowns at real M, from tables along real a and Newton's method."""
+        u = self.scale * m
+        v = np.full((self.size, len(m)), np.nan + 0j)
+        y = np.log(np.abs(m)) - 1j * np.pi * (m < 0)
+        regions = [(u > 0, "_above", np.log(u)), ((u < 0) & (u > -1), "_negative", np.log(-u) - np.log1p(u))]
+        if not self._meets_zero:
+            regions.append((u < -1, "_below", np.log(-1.0 - u)))
+        for where, name, place in regions:
+            at = np.flatnonzero(where)
+            if not len(at):
+                continue
+            knots, rows = getattr(self, name)
+            if len(knots) < 2:
+                continue
+            # Above and below the law the real solutions end where M, as a function of a, turns back.
+            at = at[(place[at] <= knots[-1]) | (name == "_negative")]
+            guess = np.array([_follow(place[at], knots, row.real) for row in rows]) + 1j * rows.imag[:, :1]
+            v[:, at] = self._settled(y[at], guess)
+        return v
+
+    def _settled(self, y: Points, v: Inner) -> Inner:
+        """Newton at real M; NaN where it does not come to rest."""
+        size = np.full(y.shape, np.inf)
+        for _ in range(40):
+            correction = self.evaluate(y, v).correction.real
+            size = np.abs(correction).max(axis=0)
+            if not (size > 1e-12).any():
+                break
+            v = v + correction * np.minimum(1.0, 0.5 / np.maximum(size, 1e-300))
+        return np.where(size < 1e-5, v, np.nan)
+
+    # --- moments and atoms
+
+    @property
+    def at_shortcut(self) -> float:
+        """Mass of the law at the shortcut's own value, where a branch of low rank leaves more than half untouched."""
+        return 0.0 if self.shortcut.gaussian else max(0.0, 1.0 - 2.0 * self.branch.lowest)
+
+    def s_series(self) -> Other:
+        """S(M) as a power series, from the branch's moments."""
+        size = len(self.moments)
+        branch = np.append(series_of(self.moments), 0.0) * np.exp(-self.log_scale)
+        linear, term, composed = np.zeros(size), np.zeros(size), np.zeros(size)
+        linear[1:3], term[0] = 1.0, 1.0
+        square = multiply(linear, branch)  # G^2 in powers of a, known to the last order
+        total = self.shortcut.series(square)
+        total[1] += 1.0
+        a_of_m = revert(total)
+        for coefficient in square[1:]:
+            term = multiply(term, a_of_m)
+            composed += coefficient * term
+        # S = G^2 / (M (1 + M))
+        return np.asarray(multiply(composed[1:], (-1.0) ** np.arange(size - 1)))
+
+
+def _reflected(values: np.ndarray, turned: np.ndarray) -> np.ndarray:
+    """Logarithms, those beyond the negative axis by their mirror images: arguments theta by 2 pi - theta."""
+    sign = np.where(values.imag < 0, -1.0, 1.0)
+    return np.asarray(np.where(turned, np.conj(values) + 2j * np.pi * sign, values))
+
+
+def _rising(places: Reals, rows: Inner) -> tuple[Reals, Inner]:
+    """The first finite points, as long as they rise."""
+    good = np.isfinite(places) & np.isfinite(rows).all(axis=0)
+    places, rows = places[good], rows[:, good]
+    falls = np.flatnonzero(~(np.diff(places) > 0))
+    end = int(falls[0]) + 1 if len(falls) else len(places)
+    return places[:end], rows[:, :end]
+
+
+def _ascending(places: Reals, rows: Inner) -> tuple[Reals, Inner]:
+    """The finite points in order."""
+    good = np.isfinite(places) & np.isfinite(rows).all(axis=0)
+    order = np.argsort(places[good], kind="stable")
+    places, rows = places[good][order], rows[:, good][:, order]
+    keep = np.concatenate([[True], np.diff(places) > 1e-12]) if len(places) else np.zeros(0, dtype=bool)
+    return places[keep], rows[:, keep]
+
+
+def _follow(x: Reals, knots: Reals, values: Reals) -> Reals:
+    """Linear interpolation, going on beyond the ends."""
+    first = values[0] + (x - knots[0]) * (values[1] - values[0]) / (knots[1] - knots[0])
+    last = values[-1] + (x - knots[-1]) * (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+    inside = np.interp(x, knots, values)
+    return np.asarray(np.where(x > knots[-1], last, np.where(x < knots[0], first, inside)))
