@@ -109,8 +109,8 @@ def test_rectangular_factors_and_a_bottleneck_are_free_too() -> None:
 
 
 def test_what_cannot_be_taken_apart_is_measured_only_and_says_why() -> None:
-    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
-    assert "normalises" in freeness_report(net, torch.randn(1, 8)).verdict
+    net = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 8))
+    assert "softmax" in freeness_report(net, torch.randn(1, 8)).verdict
     with pytest.raises(ValueError, match="batch of one"):
         parts_between(net[:1], torch.randn(2, 8))
     found = diagnose(net, (torch.randn(4, 8), torch.arange(4)), nn.functional.cross_entropy, what=("freeness",))

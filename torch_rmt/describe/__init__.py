@@ -1,17 +1,30 @@
 """From a real module to what theory may know of it; the one bridge from torch.nn to theory."""
 
 from torch_rmt.describe.activation import from_torch as from_torch
-from torch_rmt.describe.chain import default_ends as default_ends
+from torch_rmt.describe.chain import architecture_between as architecture_between
 from torch_rmt.describe.chain import describe as describe
 from torch_rmt.describe.chain import describe_between as describe_between
+from torch_rmt.describe.elements import Join as Join
+from torch_rmt.describe.elements import Norm as Norm
+from torch_rmt.describe.elements import Scale as Scale
+from torch_rmt.describe.elements import elements_of as elements_of
 from torch_rmt.describe.forward_graph import ForwardGraph as ForwardGraph
 from torch_rmt.describe.forward_graph import WeightUse as WeightUse
 from torch_rmt.describe.forward_graph import record as record
+from torch_rmt.describe.layers import layer_of as layer_of
+from torch_rmt.describe.links import Block as Block
 from torch_rmt.describe.links import Link as Link
-from torch_rmt.describe.links import layer_of as layer_of
 from torch_rmt.describe.links import read_links as read_links
+from torch_rmt.describe.links import step_of as step_of
 from torch_rmt.describe.parts import SlopePart as SlopePart
 from torch_rmt.describe.parts import WeightPart as WeightPart
 from torch_rmt.describe.parts import independent_size as independent_size
+from torch_rmt.describe.parts import independent_size_of as independent_size_of
 from torch_rmt.describe.parts import parts_between as parts_between
+from torch_rmt.describe.parts import parts_of as parts_of
+from torch_rmt.describe.stretch import SHAPING as SHAPING
 from torch_rmt.describe.stretch import stretch_to as stretch_to
+from torch_rmt.describe.stretch import walk_back as walk_back
+from torch_rmt.describe.trunk import default_ends as default_ends
+from torch_rmt.describe.trunk import ends_of as ends_of
+from torch_rmt.describe.trunk import read_trunk as read_trunk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +9,11 @@ from torch import nn
 
 from torch_rmt.describe.common_q import pool_q
 from torch_rmt.describe.forward_graph import ForwardGraph, record
-from torch_rmt.describe.links import activation_of, layer_of, names_of, read_links, start_of, way_of
-from torch_rmt.describe.stretch import stretch_to
-from torch_rmt.measures import PointMass
-from torch_rmt.theory import Architecture, Layer
+from torch_rmt.describe.layers import layers_on
+from torch_rmt.describe.links import activation_of, start_of, way_between, way_of
+from torch_rmt.describe.stretch import Stretch, stretch_to
+from torch_rmt.describe.trunk import read_trunk
+from torch_rmt.theory import Architecture
 
 
 def describe(
@@ -62,92 +62,42 @@ def describe_between(module: nn.Module, example_input: Any, source: str | None, 
     Raises:
         ValueError: something on the way was not understood, or a name is wrong.
     """
-    graph = record(module, example_input)
+    return architecture_between(record(module, example_input), module, source, target)
+
+
+def architecture_between(
+    graph: ForwardGraph, module: nn.Module, source: str | None, target: str | None
+) -> Architecture:
+    """As `describe_between`, from a pass that was recorded."""
     start, way = start_of(graph, module, source), way_of(graph, module, source, target)
-    width, second_moment = graph.size(start), graph.mean_square.get(start)
-    layers: list[Layer] = []
-    if way.first is not None or way.first_stretch.dropout > 0:
-        one = Layer(width, width, way.first, 1.0, ensemble=PointMass(1.0), q=second_moment, name="source")
-        layers.append(replace(one, dropout=way.first_stretch.dropout))
-    for use, stretch, following in way.links:
-        layer = layer_of(graph, use, following, layers[-1].n_out if layers else width)
-        layer = replace(layer, sigma_w=layer.sigma_w * math.sqrt(use.kept), dropout=stretch.dropout)
-        layers.append(layer if following is None else replace(layer, q=graph.mean_square.get(use.output)))
+    layers = layers_on(graph, way, start)
     if not layers:
         first, last = source or "the input", target or "the output"
-        raise ValueError(f"the way from {first} to {last} was not understood: source and target are the same place")
-    return Architecture(pool_q(layers), second_moment, way.notes)
-
-
-def default_ends(module: nn.Module, example_input: Any) -> tuple[str | None, str | None]:
-    """Choose the Jacobian's ends: first and last pre-activation of the longest run of equally wide layers.
-
-    `(None, None)`, input to output, where no two layers of that kind follow each other; the source is then the first
-    module with real numbers where the input itself has none (token numbers).
-
-    >>> import torch
-    >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
-    >>> default_ends(net, torch.ones(1, 3))
-    ('0', '2')
-    """
-    graph = record(module, example_input)
-    links = read_links(graph)
-    named = names_of(graph)
-    best: tuple[int, int] = (0, -1)  # length, index of the last
-    length: dict[int, int] = {}
-    for i, link in enumerate(links):
-        length[i] = 1 if link.use.output in named else 0
-        p = link.parent
-        if p is not None and length[i] and length[p]:
-            same = graph.size(links[p].use.output) == graph.size(link.use.output)
-            length[i] += length[p] if same else 0
-        best = max(best, (length[i], i), key=lambda pair: pair[0])
-    run, last = best
-    if run < 2:
-        return _first_real(graph, named), None
-    first = last
-    for _ in range(run - 1):
-        first = links[first].parent or 0
-    return named[links[first].use.output], named[links[last].use.output]
-
-
-def _first_real(graph: ForwardGraph, named: dict[int, str]) -> str | None:
-    if graph.inputs[0] in graph.mean_square:
-        return None
-    real = [n for n in named if n in graph.mean_square and n != graph.output]
-    return named[min(real)] if real else None
+        raise ValueError(f"the way from {first} to {last} was not understood: there is no layer on it")
+    return Architecture(pool_q(layers), graph.mean_square.get(start), way.notes)
 
 
 def _longest_chain(graph: ForwardGraph) -> Architecture:
-    links = read_links(graph)
-    stops = {use.output for use in graph.weights} | set(graph.inputs)
-    tail, last_activation = activation_of(stretch_to(graph, graph.output, stops))
-    if not links:
+    if not graph.weights:
         raise ValueError("no weights were found: describe reads nn.Linear, nn.Conv and the functions behind them")
-    depth: list[int] = []
-    for link in links:
-        depth.append(1 + (depth[link.parent] if link.parent is not None else 0))
-    index: int | None = max(range(len(links)), key=lambda i: (depth[i], i))
-    path: list[int] = []
-    while index is not None:
-        path.insert(0, index)
-        index = links[index].parent
-    following = [(links[i].activation, links[i].before.dropout) for i in path[1:]]
-    ends_the_net = not tail.problems and tail.source == links[path[-1]].use.output
-    following.append((last_activation, tail.dropout) if ends_the_net else (None, 0.0))
-    layers: list[Layer] = []
-    for i, (activation, dropout) in zip(path, following, strict=True):
-        n_in = layers[-1].n_out if layers else None
-        if n_in is None and not links[i].before.problems:
-            n_in = graph.size(links[i].before.source)
-        layers.append(replace(layer_of(graph, links[i].use, activation, n_in), dropout=dropout))
-    first = links[path[0]]
-    second_moment = graph.mean_square.get(first.use.input)
-    unknown = [p for link in links for p in (*link.before.problems, *link.before.notes)]
-    unknown += [*tail.problems, *tail.notes]
-    unknown += [f"{links[i].use.name}: {links[i].use.note}" for i in path if links[i].use.note]
-    inside = {links[i].use.name for i in path}
-    unknown += [f"{link.use.name}: outside the chain" for link in links if link.use.name not in inside]
-    if first.activation is not None and not first.before.problems:
-        unknown.append(f"{first.use.name}: the input passes through {first.activation.name} first")
-    return Architecture(tuple(layers), second_moment, tuple(dict.fromkeys(unknown)))
+    trunk = read_trunk(graph)
+    best = max(trunk.values(), key=lambda place: (place.weights, place.output))
+    first = best
+    while first.parent is not None:
+        first = trunk[first.parent]
+    start = first.before.source if not first.before.problems else first.input
+    tail, _ = activation_of(stretch_to(graph, graph.output, trunk.keys() | set(graph.inputs)))
+    end = graph.output if not tail.problems and tail.source == best.output else best.output
+    way = way_between(graph, start, end)
+    if isinstance(way, str):
+        raise ValueError(f"no chain was understood: {way}")
+    unknown = [note for place in trunk.values() for note in (*place.before.problems, *place.before.notes)]
+    unknown += [place.problem for place in trunk.values() if place.problem]
+    unknown += [*tail.problems, *tail.notes, *way.notes]
+    inside = {use.name for use in way.weights()}
+    unknown += [f"{use.name}: outside the chain" for use in graph.weights if use.name not in inside]
+    if way.first is not None:
+        unknown.append(f"{way.links[0][0].name}: the input passes through {way.first.name} first")
+        way = replace(way, first=None, first_stretch=Stretch(start))
+    layers = layers_on(graph, way, start, measured=False)
+    return Architecture(tuple(layers), graph.mean_square.get(first.input), tuple(dict.fromkeys(unknown)))

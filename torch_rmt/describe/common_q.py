@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from torch_rmt.theory import Activation, Layer
+from torch_rmt.theory import Activation, Layer, Residual
 from torch_rmt.theory.gaussian import gaussian_rule
 
 
-def pool_q(layers: list[Layer]) -> tuple[Layer, ...]:
+def pool_q(chain: list[Layer | Residual]) -> tuple[Layer | Residual, ...]:
     """Give layers of one activation a common q, that of their mean log E phi'^2, where it keeps scale and spread.
+
+    Layers inside blocks and the blocks themselves are pooled with the others.
 
     The spread of the Jacobian's spectrum is sum_l (E phi'^4 / (E phi'^2)^2 - 1), and one more for a Gaussian weight.
     Where one q for all would move it by over a tenth, layers share theirs within a factor of 4 only: the law of many
     unlike layers takes long to solve.
     """
-    pooled = list(layers)
-    gaussian = sum(layer.ensemble == "gaussian" for layer in layers)
+    layers = list(_flat(chain))
+    pooled: dict[int, float] = {}
+    gaussian = sum(isinstance(layer, Layer) and layer.ensemble == "gaussian" for layer in layers)
     for activation in {layer.activation.name: layer.activation for layer in layers if layer.activation}.values():
-        measured = sorted((layer.q, i) for i, layer in enumerate(layers) if layer.q and layer.activation is activation)
+        measured = sorted(
+            (layer.q, i)
+            for i, layer in enumerate(layers)
+            if layer.q and layer.activation is activation and layer.normalisation is None
+        )
         groups = [measured] if measured else []
         if measured:
             q = _common_q(activation, [q for q, _ in measured])
@@ -32,8 +40,26 @@ def pool_q(layers: list[Layer]) -> tuple[Layer, ...]:
         for group in groups:
             q = _common_q(activation, [q for q, _ in group])
             for _, i in group:
-                pooled[i] = replace(layers[i], q=q)
-    return tuple(pooled)
+                pooled[i] = q
+    places = iter(range(len(layers)))
+    return tuple(_with_q(item, places, pooled) for item in chain)
+
+
+def _flat(chain: Iterable[Layer | Residual]) -> Iterator[Layer | Residual]:
+    for item in chain:
+        yield item
+        if isinstance(item, Residual):
+            yield from _flat((*item.branch, *item.shortcut))
+
+
+def _with_q(item: Layer | Residual, places: Iterator[int], pooled: dict[int, float]) -> Layer | Residual:
+    """The item with its q exchanged, and so inside of it, the places counted as in `_flat`."""
+    q = pooled.get(next(places), item.q)
+    if isinstance(item, Layer):
+        return replace(item, q=q)
+    branch = tuple(_with_q(inner, places, pooled) for inner in item.branch)
+    shortcut = tuple(replace(inner, q=pooled.get(next(places), inner.q)) for inner in item.shortcut)
+    return replace(item, q=q, branch=branch, shortcut=shortcut)
 
 
 def _common_q(activation: Activation, measured: list[float]) -> float:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch_rmt.guard import undisturbed
 
 WEIGHT_CALLS = {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+_MEASURED = ("add", "sub", "mul", "div", "norm")  # calls whose output may be where a stretch ends
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,11 @@ class WeightUse:
 
 @dataclass
 class ForwardGraph:
-    """What `record` found; tensors are kept alive by it, so let it go soon."""
+    """What `record` found; tensors are kept alive by it, so let it go soon.
+
+    `values` holds copies of what was computed, where `record` was asked to keep them; a tensor itself may have been
+    overwritten since. `elements` is filled by `elements.elements_of`.
+    """
 
     calls: dict[int, Call] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
@@ -92,12 +97,15 @@ class ForwardGraph:
     shapes: dict[int, torch.Size] = field(default_factory=dict)
     weights: list[WeightUse] = field(default_factory=list)
     module_outputs: dict[str, list[int]] = field(default_factory=dict)
+    module_inputs: dict[str, list[int]] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    elements: dict[int, Any] = field(default_factory=dict)
     inputs: tuple[int, ...] = ()
     output: int = -1
 
-    def weight_of(self, number: int) -> WeightUse | None:
-        """Return the use of a weight that made this tensor, if one did."""
-        return next((use for use in self.weights if use.output == number), None)
+    def data_inputs(self, number: int) -> list[int]:
+        """The tensors that this one was computed from, the parameters and other constants left out."""
+        return [n for n in self.calls[number].inputs if n in self.data] if number in self.calls else []
 
     def size(self, number: int) -> int:
         """Entries per sample of a tensor whose first axis is the batch."""
@@ -110,9 +118,12 @@ class _Recorder(TorchFunctionMode):
         self,
         parameters: dict[int, str],
         on_weight: Callable[[WeightUse, Callable[[], Tensor]], Tensor] | None,
+        graph: ForwardGraph,
+        keep: bool,
     ) -> None:
         super().__init__()
-        self.graph = ForwardGraph()
+        self.graph = graph
+        self.keep = keep
         self.numbers: dict[int, int] = {}
         self.versions: dict[int, int] = {}
         self.parameters = parameters
@@ -157,8 +168,11 @@ class _Recorder(TorchFunctionMode):
             self.graph.calls[n] = Call(func, name, template[0], template[1], inputs, n, module)
             if data and t.is_floating_point() and t.numel():
                 self.graph.samples[n] = t.detach().flatten()[:1024].clone()
-                if use is not None:
+                if self.keep:
+                    self.graph.values[n] = t.detach().clone()
+                if use is not None or any(part in name for part in _MEASURED):
                     self.graph.mean_square[n] = float(t.detach().double().square().mean())
+                if use is not None:
                     self.graph.weights.append(replace(use, output=n))
         return out
 
@@ -219,6 +233,8 @@ def record(
     *,
     on_weight: Callable[[WeightUse, Callable[[], Tensor]], Tensor] | None = None,
     differentiate: Callable[[Tensor], None] | None = None,
+    keep: bool = False,
+    graph: ForwardGraph | None = None,
 ) -> ForwardGraph:
     """Run the module once on the example and return what was called; nothing outside is disturbed.
 
@@ -227,6 +243,8 @@ def record(
         example_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         on_weight: called with each use of a weight and the call itself; returns the output to go on with.
         differentiate: called with the output once it is there; with it, and only then, autograd follows.
+        keep: also keep a copy of every value, for one small sample.
+        graph: an empty one to fill, for an `on_weight` that looks at what has been recorded so far.
 
     Raises:
         ValueError: the example is empty.
@@ -242,7 +260,7 @@ def record(
     if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
         raise ValueError("the example input is not finite: look for inf or nan in the data")
     parameters = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
-    recorder = _Recorder(parameters, on_weight)
+    recorder = _Recorder(parameters, on_weight, ForwardGraph() if graph is None else graph, keep)
     with undisturbed(module), _named(module, recorder), torch.set_grad_enabled(differentiate is not None):
         args, kwargs = _map((args, kwargs), torch.clone)  # a first layer may work in place
         graph = recorder.graph
@@ -252,6 +270,8 @@ def record(
             if t.is_floating_point():
                 graph.mean_square[n] = float(t.detach().double().square().mean())
                 graph.samples[n] = t.detach().flatten()[:1024].clone()
+                if keep:
+                    graph.values[n] = t.detach().clone()
         with recorder:
             out = module(*args, **kwargs)
         first = next(_tensors(out), None)
@@ -272,8 +292,10 @@ def _named(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
     handles = []
 
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def enter(_module: nn.Module, _args: Any) -> None:
+        def enter(_module: nn.Module, args: Any) -> None:
             recorder.stack.append(name)
+            first = next(_tensors(args), None)
+            recorder.graph.module_inputs.setdefault(name, []).append(-1 if first is None else recorder.number(first))
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             recorder.stack.pop()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_rmt.describe.activation import from_torch
+from torch_rmt.describe.elements import Element, Join, Norm, Scale, calls_between, elements_of
 from torch_rmt.describe.forward_graph import ForwardGraph, WeightUse
-from torch_rmt.describe.stretch import Stretch, stretch_to
-from torch_rmt.theory import Activation, Layer
+from torch_rmt.describe.stretch import SHAPING, Stretch, stretch_to
+from torch_rmt.theory import Activation
 
 _GRID = np.linspace(-7.3, 7.3, 401)
 
@@ -24,9 +25,9 @@ class Link:
 
     Fields:
         use: the weight.
-        before: what lies between it and the weight (or the end) that it follows.
+        before: what lies between it and the element (a weight, norm, scale or join, or the input) that it follows.
         activation: the elementwise map of `before`; None for the identity or where it was not understood.
-        parent: index of the link that it follows in `read_links`; None at an input or a gap.
+        parent: index of the link that it follows directly in `read_links`; None behind anything but a weight.
     """
 
     use: WeightUse
@@ -37,7 +38,7 @@ class Link:
 
 def read_links(graph: ForwardGraph) -> list[Link]:
     """Every use of a weight in the order of the calls, each with what precedes it."""
-    stops = {use.output for use in graph.weights} | set(graph.inputs)
+    stops = elements_of(graph).keys() | set(graph.inputs)
     place = {use.output: i for i, use in enumerate(graph.weights)}
     links = []
     for use in graph.weights:
@@ -49,20 +50,64 @@ def read_links(graph: ForwardGraph) -> list[Link]:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A residual block: the join at its end, and the ways that come together there from where they part.
+
+    The shortcut is the identity where it has no links; the branch is the other.
+    """
+
+    join: Join
+    branch: Way
+    shortcut: Way
+
+    @property
+    def name(self) -> str:
+        """The module that adds."""
+        return self.join.name
+
+    @property
+    def input(self) -> int:
+        """Number of the tensor where the branches part."""
+        return self.join.entry
+
+    @property
+    def output(self) -> int:
+        """Number of the sum."""
+        return self.join.output
+
+
+Step = WeightUse | Norm | Scale | Block
+
+
+@dataclass(frozen=True)
 class Way:
-    """The weights between two tensors.
+    """What lies between two tensors.
 
     Fields:
         first: activation of the tensor where the way starts; None for the identity.
         first_stretch: the same as a stretch.
-        links: the weights in order, each with the stretch that *follows* it.
+        links: weights, norms, scales and blocks in order, each with the stretch that *follows* it.
         notes: what was passed over.
     """
 
     first: Activation | None
     first_stretch: Stretch
-    links: tuple[tuple[WeightUse, Stretch, Activation | None], ...]
+    links: tuple[tuple[Step, Stretch, Activation | None], ...]
     notes: tuple[str, ...]
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing happens on it."""
+        return not self.links and self.first is None and self.first_stretch.dropout == 0
+
+    def weights(self) -> Iterator[WeightUse]:
+        """Every weight on the way, those inside blocks too."""
+        for step, _, _ in self.links:
+            if isinstance(step, WeightUse):
+                yield step
+            elif isinstance(step, Block):
+                yield from step.shortcut.weights()
+                yield from step.branch.weights()
 
 
 def way_of(graph: ForwardGraph, module: nn.Module, source: str | None, target: str | None) -> Way:
@@ -85,9 +130,10 @@ def start_of(graph: ForwardGraph, module: nn.Module, source: str | None) -> int:
 
 
 def way_between(graph: ForwardGraph, start: int, end: int) -> Way | str:
-    """Follow the end back to the start, weight by weight; a string says why that cannot be done."""
-    stops = {use.output for use in graph.weights} | set(graph.inputs) | {start}
-    found: list[tuple[WeightUse, Stretch, Activation | None]] = []
+    """Follow the end back to the start, element by element; a string says why that cannot be done."""
+    elements = elements_of(graph)
+    stops = elements.keys() | set(graph.inputs) | {start}
+    found: list[tuple[Step, Stretch, Activation | None]] = []
     notes: list[str] = []
     current = end
     while True:
@@ -95,31 +141,62 @@ def way_between(graph: ForwardGraph, start: int, end: int) -> Way | str:
         notes += before.notes
         if before.problems:
             return "; ".join(before.problems)
+        factor = None if before.function is None else _constant_slope(before.function)
+        if factor is not None and factor != 1.0:
+            where = next(c.where for c in calls_between(graph, before.source, current) if c.name not in SHAPING)
+            one = torch.full((1,), factor, dtype=torch.float64)
+            found.insert(0, (Scale(where, before.source, current, one), Stretch(-1, dropout=before.dropout), None))
+            before = replace(before, function=None, dropout=0.0)
+            activation = None
         if before.source == start:
             return Way(activation, before, tuple(found), tuple(dict.fromkeys(notes)))
-        use = graph.weight_of(before.source)
-        if use is None:
+        element = elements.get(before.source)
+        if element is None:
             return "the source does not lie on the way to the target"
-        if use.note:
-            notes.append(f"{use.name}: {use.note}")
-        found.insert(0, (use, before, activation))
-        current = use.input
+        step = step_of(graph, element)
+        if isinstance(step, str):
+            return step
+        if isinstance(step, WeightUse) and step.note:
+            notes.append(f"{step.name}: {step.note}")
+        if isinstance(step, Block):
+            notes += (*step.branch.notes, *step.shortcut.notes)
+            if step.input < start:
+                return f"the source lies inside of a branch that ends at {step.name}"
+        found.insert(0, (step, before, activation))
+        current = step.input
 
 
-def layer_of(graph: ForwardGraph, use: WeightUse, activation: Activation | None, n_in: int | None = None) -> Layer:
-    """The theory's layer for a weight and the activation that follows it."""
-    weight = use.weight.double()
-    sigma_w = math.sqrt(float(weight.square().mean()) * use.fan_in)
-    sigma_b = 0.0 if use.bias is None else math.sqrt(float(use.bias.double().square().mean()))
-    return Layer(
-        n_in=graph.size(use.input) if n_in is None else n_in,
-        n_out=graph.size(use.output),
-        activation=activation,
-        sigma_w=sigma_w,
-        sigma_b=sigma_b,
-        ensemble="orthogonal" if _is_orthogonal(use) else "gaussian",
-        name=use.name,
-    )
+def step_of(graph: ForwardGraph, element: Element) -> Step | str:
+    """The element with its branches read; a string says why that cannot be done."""
+    if isinstance(element, Norm) and element.problem:
+        return element.problem
+    if not isinstance(element, Join):
+        return element
+    joins = f"{element.name}: joins 2 branches ({graph.calls[element.output].name})"
+    if element.entry < 0:
+        return joins
+    ways = []
+    for side in element.sides:
+        way = way_between(graph, element.entry, side)
+        if isinstance(way, str):
+            return f"{joins}, of which one was not understood: {way}"
+        ways.append(way)
+    ways.sort(key=lambda way: (not way.identity, len(list(way.weights())), len(way.links)))
+    shortcut, branch = ways
+    if not branch.links:
+        return f"{joins} of which none has a weight"
+    return Block(element, branch, shortcut)
+
+
+def _constant_slope(function: Callable[[Tensor], Tensor]) -> float | None:
+    """The factor of an affine map, such as a product with a number; None for any other."""
+    h = torch.tensor(_GRID)
+    with torch.no_grad():
+        value = function(h)
+    factor = float((value[-1] - value[0]) / (h[-1] - h[0]))
+    middle = len(_GRID) // 2
+    line = value[middle] + factor * (h - h[middle])
+    return factor if torch.allclose(value, line, rtol=1e-9, atol=1e-12) else None
 
 
 def output_number(graph: ForwardGraph, module: nn.Module, name: str) -> int:
@@ -154,25 +231,6 @@ def names_of(graph: ForwardGraph) -> dict[int, str]:
             if name and (number not in names or len(name) < len(names[number])):
                 names[number] = name if len(numbers) == 1 else f"{name}#{call}"
     return names
-
-
-def _is_orthogonal(use: WeightUse) -> bool:
-    """Whether W W^T or W^T W is a multiple of the identity, by its action on four random vectors."""
-    weight = use.weight.double()
-    if use.kind == "conv":
-        centre = tuple(k // 2 for k in weight.shape[2:])
-        index: tuple[slice | int, ...] = (slice(None), slice(None), *centre)
-        tap = weight[index]
-        if use.groups > 1 or float(weight.square().sum() - tap.square().sum()) > 1e-6 * float(tap.square().sum()):
-            return False
-        weight = tap
-    if weight.shape[0] > weight.shape[1]:
-        weight = weight.T
-    probes = torch.randn(weight.shape[0], 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    probes = probes.to(weight.device)
-    image = weight @ (weight.T @ probes)
-    scale = float((image * probes).sum() / probes.square().sum())
-    return scale > 0 and float((image - scale * probes).norm()) < 1e-3 * scale * float(probes.norm())
 
 
 _seen: dict[bytes, Activation] = {}

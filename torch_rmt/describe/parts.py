@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_rmt.describe.elements import Scale, calls_between, elements_of
 from torch_rmt.describe.forward_graph import Call, ForwardGraph, Ref, WeightUse, record
+from torch_rmt.describe.layers import slopes_at
 from torch_rmt.describe.links import start_of, way_of
 from torch_rmt.describe.stretch import SHAPING, Stretch
 
 
 @dataclass(frozen=True)
 class WeightPart:
-    """A weight alone: `module` maps `example`, one sample of its input, as the network does (its bias included)."""
+    """A weight, a norm or a whole block alone: `module` maps `example`, one sample of its input, as the network does.
+
+    For a weight the example is zero; else it is what the sample gives, since the Jacobian depends on it.
+    """
 
     name: str
     n_in: int
@@ -39,7 +44,7 @@ class SlopePart:
 
 
 class _Alone(nn.Module):
-    """Recorded calls, one after the other, as a module of their own: what pads or reshapes, then the weight."""
+    """Recorded calls, one after the other, as a module of their own."""
 
     def __init__(self, calls: Sequence[Call], graph: ForwardGraph, start: int) -> None:
         super().__init__()
@@ -51,7 +56,10 @@ class _Alone(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         values = {**self.constants, self.start: h}
         for call in self.calls:
-            h = call.function(*_filled(call.args, values), **_filled(call.kwargs, values))
+            # A call may write into what it is given, and another one may need that.
+            mine = {n: values[n].clone() for n in call.inputs if n not in self.constants}
+            args, kwargs = _filled(call.args, values | mine), _filled(call.kwargs, values | mine)
+            h = call.function(*args, **kwargs)
             values[call.output] = h
         return h
 
@@ -81,7 +89,8 @@ def parts_between(
 ) -> tuple[WeightPart | SlopePart, ...]:
     """Take the Jacobian between two modules apart: J = D_L W_L ... D_1 W_1 (D_0 first, from a pre-activation).
 
-    The parts are in the order in which a signal meets them. Ends as in `describe`.
+    The parts are in the order in which a signal meets them. A norm is a part, and so is a residual block as a whole,
+    up to its sum; to take a block's branch apart, give ends inside of it. Ends as in `describe`.
 
     Args:
         sample: a batch of one.
@@ -93,33 +102,47 @@ def parts_between(
     >>> [part.name for part in parts_between(net, torch.ones(1, 3))]
     ['0', 'after 0', '2']
     """
-    after: list[Tensor] = []
-
-    def keep(_use: WeightUse, call: Callable[[], Tensor]) -> Tensor:
-        out = call()
-        after.append(out.detach().clone())  # an activation may work in place
-        return out
-
-    graph = record(module, sample, on_weight=keep)
+    graph = record(module, sample, keep=True)
     if any(graph.shapes[n][:1] != (1,) for n in graph.inputs):
         raise ValueError("the Jacobian of one sample is taken apart: pass a batch of one, such as batch[0][:1]")
-    values = {use.output: out for use, out in zip(graph.weights, after, strict=True)}
+    return parts_of(graph, module, source, target)
+
+
+def parts_of(
+    graph: ForwardGraph, module: nn.Module, source: str | None = None, target: str | None = None
+) -> tuple[WeightPart | SlopePart, ...]:
+    """As `parts_between`, from a pass of one sample that was recorded with `keep=True`."""
     start, way = start_of(graph, module, source), way_of(graph, module, source, target)
     parts: list[WeightPart | SlopePart] = []
     if way.first_stretch.function is not None or way.first_stretch.dropout > 0:
-        value = values.get(start, graph.tensors[start])
-        if not torch.equal(value.flatten()[:1024], graph.samples[start]):
-            raise ValueError(f"the output of {source or 'the input'} is overwritten in place; name another source")
-        parts.append(_slopes(f"after {source or 'the input'}", way.first_stretch, value))
-    stops = {use.output for use in graph.weights} | {start}
-    for use, following, _ in way.links:
-        calls, entry = _with_shaping(graph, use, stops)
-        example = torch.zeros(graph.shapes[entry], dtype=use.weight.dtype, device=use.weight.device)
-        alone = _Alone(calls, graph, entry)
-        parts.append(WeightPart(use.name, example.numel(), graph.size(use.output), alone, example))
+        parts.append(_slopes(f"after {source or 'the input'}", way.first_stretch, graph.values[start]))
+    stops = elements_of(graph).keys() | {start}
+    for step, following, _ in way.links:
+        if isinstance(step, Scale):
+            factor = step.factor.expand(graph.shapes[step.output]).flatten()
+            _add(parts, SlopePart(step.name, factor))
+        else:
+            if isinstance(step, WeightUse):
+                calls, entry = _with_shaping(graph, step, stops)
+                example = torch.zeros(graph.shapes[entry], dtype=step.weight.dtype, device=step.weight.device)
+            else:
+                calls, entry = calls_between(graph, step.input, step.output), step.input
+                example = graph.values[entry]
+            alone = _Alone(calls, graph, entry)
+            parts.append(WeightPart(step.name, example.numel(), graph.size(step.output), alone, example))
         if following.function is not None or following.dropout > 0:
-            parts.append(_slopes(f"after {use.name}", following, values[use.output]))
+            _add(parts, _slopes(f"after {step.name}", following, graph.values[step.output]))
     return tuple(parts)
+
+
+def _add(parts: list[WeightPart | SlopePart], part: SlopePart) -> None:
+    """Append a diagonal; two that follow each other are one, since diagonals are not free of each other."""
+    last = parts[-1] if parts else None
+    if isinstance(last, SlopePart) and last.slopes.shape == part.slopes.shape:
+        dropout = 1.0 - (1.0 - last.dropout) * (1.0 - part.dropout)
+        parts[-1] = SlopePart(part.name, last.slopes * part.slopes, dropout)
+    else:
+        parts.append(part)
 
 
 def independent_size(
@@ -138,9 +161,15 @@ def independent_size(
     >>> independent_size(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.ones(1, 4, 8, 8))
     32.0
     """
-    graph = record(module, sample)
+    return independent_size_of(record(module, sample), module, source, target)
+
+
+def independent_size_of(
+    graph: ForwardGraph, module: nn.Module, source: str | None = None, target: str | None = None
+) -> float | None:
+    """As `independent_size`, from a pass that was recorded."""
     way = way_of(graph, module, source, target)
-    sizes = [_channels(use) * graph.size(number) for use, _, _ in way.links for number in (use.input, use.output)]
+    sizes = [_channels(use) * graph.size(number) for use in way.weights() for number in (use.input, use.output)]
     return math.sqrt(min(sizes)) if sizes else None
 
 
@@ -149,9 +178,6 @@ def _channels(use: WeightUse) -> int:
 
 
 def _slopes(name: str, stretch: Stretch, value: Tensor) -> SlopePart:
-    h = value.detach().double().flatten().requires_grad_()
     if stretch.function is None:
-        return SlopePart(name, torch.ones_like(h).detach(), stretch.dropout)
-    with torch.enable_grad():
-        (slopes,) = torch.autograd.grad(stretch.function(h).sum(), h)
-    return SlopePart(name, slopes, stretch.dropout)
+        return SlopePart(name, torch.ones(value.numel(), dtype=torch.float64, device=value.device), stretch.dropout)
+    return SlopePart(name, slopes_at(stretch.function, value), stretch.dropout)

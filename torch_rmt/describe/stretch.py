@@ -51,7 +51,7 @@ class Stretch:
 
 def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
     """Follow a tensor back to the nearest of `stops`, and say what was done on the way."""
-    calls, sources = _walk_back(graph, end, stops)
+    calls, sources = walk_back(graph, end, stops)
     notes: list[str] = []
     kept = 1.0
     last = max((i for i, c in enumerate(calls) if c.name not in SHAPING | _DROPOUT), default=-1)
@@ -73,7 +73,7 @@ def stretch_to(graph: ForwardGraph, end: int, stops: set[int]) -> Stretch:
         return Stretch(source, None, (), tuple(notes), dropout=1.0 - kept)
 
     def function(h: Tensor) -> Tensor:
-        return _replay(graph, calls, source, end, h)
+        return replay(graph, calls, source, end, h)
 
     if _is_elementwise(function) and _agrees(graph, calls, function, source, end):
         return Stretch(source, function, (), tuple(notes), dropout=1.0 - kept)
@@ -96,7 +96,7 @@ def _dropped(call: Call) -> float:
     return float(given.get("p", 0.5)) if given.get("training", True) else 0.0
 
 
-def _walk_back(graph: ForwardGraph, end: int, stops: set[int]) -> tuple[list[Call], set[int]]:
+def walk_back(graph: ForwardGraph, end: int, stops: set[int]) -> tuple[list[Call], set[int]]:
     """The calls between `stops` and `end` that handle data, in the order they ran, and the stops reached."""
     found: dict[int, Call] = {}
     sources: set[int] = set()
@@ -115,10 +115,10 @@ def _sources_of(graph: ForwardGraph, call: Call, stops: set[int]) -> set[int]:
     inputs = [n for n in call.inputs if n in graph.data]
     if len(inputs) < 2:
         return set()
-    return set().union(*(_walk_back(graph, n, stops)[1] for n in inputs))
+    return set().union(*(walk_back(graph, n, stops)[1] for n in inputs))
 
 
-def _replay(graph: ForwardGraph, calls: list[Call], source: int, end: int, h: Tensor) -> Tensor:
+def replay(graph: ForwardGraph, calls: list[Call], source: int, end: int, h: Tensor) -> Tensor:
     """Run the recorded calls on another tensor, shapes ignored, constants in its type."""
     values = {source: h}
 
@@ -196,7 +196,7 @@ def _problem(graph: ForwardGraph, call: Call) -> str:
     if call.name in SHAPING | _DROPOUT:
         return ""
     inputs = [n for n in call.inputs if n in graph.data]
-    if len(inputs) == 1 and _is_elementwise(lambda h: _replay(graph, [call], inputs[0], call.output, h)):
+    if len(inputs) == 1 and _is_elementwise(lambda h: replay(graph, [call], inputs[0], call.output, h)):
         return ""
     if len(inputs) > 1 and call.name in {"mul", "add", "sub", "div", "where", "__mul__", "__add__"}:
         return ""

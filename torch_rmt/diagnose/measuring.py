@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torch_rmt.describe import ForwardGraph, ends_of, record
+from torch_rmt.diagnose.batch_statistics import with_batch_statistics
 from torch_rmt.operators import Curvature, LinearOperator
 from torch_rmt.spectra import Spectrum, affordable_spectrum, exact, spectrum_within
 
@@ -24,6 +27,32 @@ def measure(operator: LinearOperator, seed: int = 0) -> Spectrum:
     if isinstance(operator, Curvature):
         return affordable_spectrum(operator, generator, products=products)
     return spectrum_within(operator, generator, matvecs=products if operator.symmetric else 2 * products)
+
+
+@dataclass(frozen=True)
+class OneSample:
+    """A network as a map of single samples, one forward pass of it, and the ends of the Jacobian to look at."""
+
+    model: nn.Module
+    sample: Any
+    graph: ForwardGraph
+    source: str | None
+    target: str | None
+
+
+def one_sample(model: nn.Module, inputs: Any, source: str | None, target: str | None) -> OneSample:
+    """Take the first sample of a batch, batch norms in training mode fixed at the batch's statistics.
+
+    With neither end given, they are those of `default_ends`.
+
+    Raises:
+        ValueError: as `with_batch_statistics` and `record` do.
+    """
+    model, sample = with_batch_statistics(model, inputs), first_sample(inputs)
+    graph = record(model, sample, keep=True)
+    if source is None and target is None:
+        source, target = ends_of(graph)
+    return OneSample(model, sample, graph, source, target)
 
 
 def first_sample(inputs: Any) -> Any:

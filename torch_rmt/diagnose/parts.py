@@ -8,8 +8,8 @@ import numpy as np
 from torch import nn
 
 from torch_rmt.compare import Report, compare, freeness_gap
-from torch_rmt.describe import SlopePart, WeightPart, default_ends, independent_size, parts_between
-from torch_rmt.diagnose.measuring import first_sample, measure
+from torch_rmt.describe import SlopePart, WeightPart, independent_size_of, parts_of
+from torch_rmt.diagnose.measuring import measure, one_sample
 from torch_rmt.operators import Jacobian
 from torch_rmt.spectra import Spectrum
 
@@ -27,18 +27,18 @@ def freeness_report(
 
     J = D_L W_L ... D_1 W_1: each weight's squared singular values and each activation's squared slopes are measured
     where the network is now, and combined as if they were free of one another. At initialisation they are, up to
-    finite width; the distance that grows from there is the alignment between layers that training has built. Ends as
-    in `jacobian_report`. Where the way is not understood, or has one factor, the report is without a law and says so.
+    finite width; the distance that grows from there is the alignment between layers that training has built. A norm is
+    a factor, and a residual block is one as a whole: freeness is tested between blocks, and inside of a branch where
+    both ends lie there. Ends and batch norm as in `jacobian_report`. Where the way was not understood, or has one part,
+    the report is without a law and says so.
 
     Source: Collins and Hayase 2023 for the freeness at initialisation.
     """
-    sample = first_sample(inputs)
-    if source is None and target is None:
-        source, target = default_ends(model, sample)
-    whole = measure(Jacobian(model, sample, source, target), seed)
+    one = one_sample(model, inputs, source, target)
+    whole = measure(Jacobian(one.model, one.sample, one.source, one.target), seed)
     try:
-        parts = [_spectrum(part, seed) for part in parts_between(model, sample, source, target)]
-        size = independent_size(model, sample, source, target)
+        parts = [_spectrum(part, seed) for part in parts_of(one.graph, one.model, one.source, one.target)]
+        size = independent_size_of(one.graph, one.model, one.source, one.target)
         return freeness_gap(parts, whole, kind="product", name=name, size=size)
     except (ValueError, ArithmeticError) as error:
         return compare(whole, None, name=name, reason=str(error))

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torch_rmt.compare import Report, compare, freeness_gap
-from torch_rmt.describe import default_ends, describe_between, independent_size
-from torch_rmt.diagnose.measuring import first_sample, measure
+from torch_rmt.describe import architecture_between, independent_size_of
+from torch_rmt.diagnose.measuring import measure, one_sample
 from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
 from torch_rmt.theory import Residual, jacobian_spectrum
@@ -27,22 +27,26 @@ def jacobian_report(
 ) -> Report:
     """Compare the Jacobian between two modules, for the first sample, with the law of its architecture.
 
-    With neither end given, over the longest run of equally wide hidden layers.
+    With neither end given, over the longest run of equally wide hidden layers and residual blocks. Batch norm in
+    training mode is held at the statistics of the whole batch, for measurement and law alike: the Jacobian is that of
+    the map of one sample, whatever it does to the statistics left out. In evaluation mode the running statistics are
+    used, as the network does. "chi" is the mean squared singular value a layer, a block counted as one.
+
+    Raises:
+        ValueError: a name is wrong, or a batch norm in training mode has no batch to speak of or is called twice.
     """
-    sample = first_sample(inputs)
-    if source is None and target is None:
-        source, target = default_ends(model, sample)
-    spectrum = measure(Jacobian(model, sample, source, target), seed)
+    one = one_sample(model, inputs, source, target)
+    spectrum = measure(Jacobian(one.model, one.sample, one.source, one.target), seed)
     facts: dict[str, float] = {}
     try:
-        architecture = describe_between(model, sample, source, target)
+        architecture = architecture_between(one.graph, one.model, one.source, one.target)
         facts["depth"] = depth = float(
             sum(isinstance(layer, Residual) or isinstance(layer.ensemble, str) for layer in architecture.layers)
         )
         mean = spectrum.moment(1)[0]
         if mean > 0:
             facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
-        size = independent_size(model, sample, source, target)
+        size = independent_size_of(one.graph, one.model, one.source, one.target)
         return compare(spectrum, jacobian_spectrum(architecture), name=name, facts=facts, size=size)
     except (ValueError, ArithmeticError) as error:
         return compare(spectrum, None, name=name, facts=facts, reason=str(error))

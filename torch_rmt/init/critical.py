@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from torch_rmt.describe import WeightUse, record
+from torch_rmt.describe import ForwardGraph, WeightUse, record
 from torch_rmt.init.plan import Setting, make_plan
 from torch_rmt.init.signal import LayerSignal, chi_per_layer, gradient_ratio, signals
 
@@ -27,7 +27,7 @@ class LayerInit:
         activation: the one that follows, "" for none.
         sigma_w: sqrt(fan-in * mean square) of the weights now.
         sigma_b: standard deviation that the biases were drawn with.
-        q: mean square of the pre-activation that was aimed at.
+        q: mean square of the pre-activation that was aimed at; NaN where it is a share of the signal's.
     """
 
     name: str
@@ -46,6 +46,7 @@ class InitReport:
         left_alone: weights and modules that were not touched, each with the reason.
         before, after: q and gradient norm at every weight.
         ensemble: "orthogonal" or "gaussian".
+        branches: weights that end a residual branch and were scaled to its share of the signal.
     """
 
     layers: tuple[LayerInit, ...]
@@ -53,6 +54,7 @@ class InitReport:
     before: tuple[LayerSignal, ...]
     after: tuple[LayerSignal, ...]
     ensemble: str
+    branches: tuple[str, ...] = ()
 
     @property
     def chi_before(self) -> float:
@@ -72,8 +74,21 @@ class InitReport:
             f"{len(self.layers)} layers drawn ({self.ensemble}). Gradient norm first/last layer: {was:.3g} "
             f"before (chi {self.chi_before:.4g} a layer), {now:.3g} now (chi {self.chi_after:.4g})."
         )
+        if self.branches:
+            text += (
+                f" {len(self.branches)} residual branches scaled: each adds one part in the number of blocks to the "
+                "mean square of the signal."
+            )
         if self.left_alone:
-            text += f" Left alone: {'; '.join(self.left_alone)}."
+            names: dict[str, list[str]] = {}
+            for line in self.left_alone:
+                name, _, reason = line.partition(": ")
+                names.setdefault(reason, []).append(name)
+            grouped = (
+                f"{', '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}: {reason}"
+                for reason, some in names.items()
+            )
+            text += f" Left alone: {'; '.join(grouped)}."
         return text
 
     def scalars(self) -> dict[str, float]:
@@ -127,8 +142,13 @@ def critical_init_(
     pooling layer, is scaled until the mean square of its output on `example_input` is the q aimed at,
     whatever the scale of the data. The last gets no bias. Convolutions are drawn delta-orthogonal: an
     orthogonal matrix at the centre tap, zero elsewhere. Behind a dropout that is active sigma_w^2 is times 1 - p, so
-    that chi = 1 with it; call in the mode that you train in. Tied weights are drawn once. Frozen and computed
-    weights, residual blocks and whatever was not understood are left alone and named in the report.
+    that chi = 1 with it; call in the mode that you train in. Tied weights are drawn once.
+
+    In a residual network the branches are drawn so too, each scaled by its last weight to 1 / L of the mean square of
+    what enters its block, L the number of blocks in a row: signals and gradients then grow by at most e over all of
+    them. A branch that ends in a norm or in a factor of its own keeps the share that this gives it. Weights behind a
+    norm or a sum are scaled as measured, those in front of a norm not drawn: it takes their scale off again. Frozen
+    and computed weights and those next to what was not understood (attention) are left alone and named in the report.
 
     Random numbers come from torch's global generator, as in torch.nn.init: call torch.manual_seed before.
 
@@ -146,7 +166,8 @@ def critical_init_(
         ValueError: the activation has no such critical point, the example is empty, zero or not finite, or no
             weight could be set.
 
-    Source: Schoenholz et al. 2017; Pennington et al. 2017, 2018; Xiao et al. 2018 (delta-orthogonal).
+    Source: Schoenholz et al. 2017; Pennington et al. 2017, 2018; Xiao et al. 2018 (delta-orthogonal); Hanin and Rolnick
+    2018 and Hayou et al. 2021 (residual branches of variance 1 / L).
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(*[m for _ in range(20) for m in (nn.Linear(64, 64), nn.Tanh())])
@@ -185,6 +206,7 @@ def critical_init_(
         before=before,
         after=signals(model, example_input),
         ensemble=ensemble,
+        branches=tuple(s.link.use.name for s in settings if s.entry is not None and s.q < 1),
     )
 
 
@@ -214,6 +236,7 @@ def _scale_by_measurement(
     model: nn.Module, example_input: Any, settings: list[Setting], parameters: dict[str, nn.Parameter]
 ) -> None:
     waiting = {s.link.use.parameter: s for s in settings if s.sigma_w is None}
+    graph = ForwardGraph()
 
     def on_weight(use: WeightUse, call: Callable[[], Tensor]) -> Tensor:
         setting = waiting.pop(use.parameter, None)
@@ -229,12 +252,15 @@ def _scale_by_measurement(
         measured = float(pure.square().mean())
         if not 0 < measured < math.inf:
             raise ValueError(f"what reaches {use.name} is zero or not finite: pass a batch of real data")
-        aim = setting.q - offset if offset < setting.q else setting.q
+        q = setting.q
+        if setting.entry is not None:
+            q *= float(graph.tensors[setting.entry].double().square().mean())
+        aim = q - offset if offset < q else q
         parameters[use.parameter].mul_(math.sqrt(aim / measured))
         return call()
 
     if waiting:
-        record(model, example_input, on_weight=on_weight)
+        record(model, example_input, on_weight=on_weight, graph=graph)
 
 
 def _layer(setting: Setting, parameters: dict[str, nn.Parameter]) -> LayerInit:
@@ -243,4 +269,4 @@ def _layer(setting: Setting, parameters: dict[str, nn.Parameter]) -> LayerInit:
     sigma_w = math.sqrt(float(weight.square().mean()) * use.fan_in)
     name = setting.activation.name if setting.activation else ""
     bias = setting.sigma_b if use.bias_parameter else 0.0
-    return LayerInit(use.name, name, sigma_w, bias, setting.q)
+    return LayerInit(use.name, name, sigma_w, bias, setting.q if setting.entry is None else math.nan)

@@ -9,7 +9,8 @@ import numpy as np
 from scipy.optimize import brentq
 from torch import nn
 
-from torch_rmt.describe import ForwardGraph, Link, read_links, stretch_to
+from torch_rmt.describe import ForwardGraph, Link, read_links
+from torch_rmt.init.blocks import branch_ends, left_alone
 from torch_rmt.theory import Activation, gaussian_expectation
 from torch_rmt.theory.critical import CriticalPoint, critical_point
 
@@ -28,7 +29,8 @@ class Setting:
         sigma_w: sqrt(fan-in) times the standard deviation; None where the output is scaled to `q` as
             measured.
         sigma_b: standard deviation of the biases.
-        q: the mean square of the pre-activation aimed at.
+        q: the mean square of the pre-activation aimed at; of the tensor `entry`, the share of its mean square.
+        entry: where a residual block begins, for a weight that ends one of its branches.
     """
 
     link: Link
@@ -36,6 +38,7 @@ class Setting:
     sigma_w: float | None
     sigma_b: float
     q: float
+    entry: int | None = None
 
 
 def isometry_q(activation: Activation, depth: int, spread: float = _SPREAD) -> float:
@@ -75,7 +78,8 @@ def make_plan(
         ValueError: the activation has no critical point of the kind asked for; the message says what it has.
     """
     links = read_links(graph)
-    left = _left_alone(module, graph, links)
+    left = left_alone(module, graph, links)
+    ends, normed = branch_ends(graph)
     after = _activation_after(graph, links)
     depth: dict[str, int] = {}
     for i in range(len(links)):
@@ -97,9 +101,12 @@ def make_plan(
             points[following.name] = _point(following, depth[following.name], sigma_b, q_star)
         point = None if following is None else points[following.name]
         setting = _setting(link, following, point, planned_q.get(link.parent) if link.parent is not None else None)
+        if link.use.output in ends:
+            entry, share = ends[link.use.output]
+            setting = Setting(link, following, None, 0.0, share, entry)
         settings.append(setting)
         planned_q[i] = done[link.use.parameter] = setting.q
-    return settings, left
+    return settings, left | normed
 
 
 def _point(activation: Activation, depth: int, sigma_b: float | None, q_star: float | None) -> CriticalPoint:
@@ -148,24 +155,3 @@ def _activation_after(graph: ForwardGraph, links: list[Link]) -> list[Activation
         if link.parent is not None and after[link.parent] is None:
             after[link.parent] = link.activation
     return after
-
-
-def _left_alone(module: nn.Module, graph: ForwardGraph, links: list[Link]) -> dict[str, str]:
-    stops = {use.output for use in graph.weights} | set(graph.inputs)
-    joined = set(stretch_to(graph, graph.output, stops).sources)
-    for link in links:
-        joined |= link.before.sources
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    left: dict[str, str] = {}
-    for link in links:
-        use = link.use
-        parameter = parameters.get(use.parameter)
-        if parameter is None:
-            left[use.name] = "its weight is computed from others (a parametrisation)"
-        elif not parameter.requires_grad:
-            left[use.name] = "frozen"
-        elif link.before.joins or use.output in joined:
-            left[use.name] = "part of a residual or branching block, whose criticality is another"
-        elif link.before.problems and not link.before.pooled:
-            left[use.name] = "; ".join(link.before.problems)
-    return left
