@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,9 @@ def test_a_plan_keeps_to_its_limits_and_says_what_it_gave_up() -> None:
     assert each.flops == 1.5 * 16 * 2 * (72 + 72 + 24)
     free = plan(H, 40)
     assert (free.products, free.notes) == (40, ())
-    tight = plan(H, 10**9, max_seconds=0.05, max_memory=each.bytes + 3 * 4 * H.shape[0] * 8)
+    vmapped = replace(H.footprint(), vmapped=True)
+    limit = vmapped.product(4, 4) + 4 * H.shape[0] * 8
+    tight = plan(H, 10**9, max_seconds=0.05, max_memory=limit)
     assert tight.seconds <= 0.05
     assert tight.block == 4
     assert len(tight.notes) == 2

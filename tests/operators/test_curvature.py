@@ -30,7 +30,7 @@ from torch_rmt.operators import (
 )
 
 ROUGH = {"embedding_bag", "checkpointed_reentrant"}  # central differences only
-NO_MODULE_GRAMS = {"batchnorm_train", "checkpointed", "checkpointed_reentrant"}
+NO_MODULE_GRAMS = {"batchnorm_train"}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

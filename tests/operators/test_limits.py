@@ -174,9 +174,8 @@ def test_samples_that_depend_on_one_another_are_not_cut() -> None:
 def test_max_memory_cuts_batches_and_blocks_go_by_the_whole() -> None:
     net, (x, y) = _setting(64, width=5)
     plain = Hessian(net, F.cross_entropy, (x, y))
-    from torch_rmt.operators.memory import graph_bytes
-
-    quarter = graph_bytes(plain.pure, x) // 4 + 3 * plain.shape[0] * 8
+    part = Hessian(net, F.cross_entropy, (x[:16], y[:16]))
+    quarter = part.footprint().product(1)
     tight = Hessian(net, F.cross_entropy, (x, y), max_memory=quarter)
     assert max(b.samples for b in tight.batches) == 16
     assert any("recomputed" in note for note in tight.notes)
@@ -249,7 +248,7 @@ def test_a_custom_part_goes_by_products_and_is_counted_so() -> None:
     torch.manual_seed(0)
     net = Calls(lambda m, x: m.out(x * m.scale.weight[0]), scale=nn.Linear(8, 1), out=nn.Linear(8, 3)).double()
     few = NeuralTangentKernel(net, torch.randn(40, 8, dtype=torch.float64))
-    from torch_rmt.operators.dual import dual_counts
+    from torch_rmt.operators.dual_counts import dual_counts
 
     counts = dual_counts(few)
     assert (counts.rows, counts.rows_by_products) == (120, 120)

@@ -23,8 +23,8 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# Scalars in one slab of work: 64 MiB of float32.
-_SLAB = 1 << 24
+# Scalars in one slab of work where memory allows: 64 MiB of float32.
+SLAB = 1 << 24
 
 
 def outer_multiplications(n: int, c: int, t: int, i: int, o: int) -> tuple[int, int]:
@@ -50,23 +50,23 @@ def module_multiplications(module: nn.Module, entered: torch.Size, left: torch.S
 
 
 def outer_gram(
-    a: Float[Tensor, "samples positions into"], g: Float[Tensor, "samples columns positions out"]
+    a: Float[Tensor, "samples positions into"], g: Float[Tensor, "samples columns positions out"], work: int = SLAB
 ) -> Float[Tensor, "rows rows"]:
     """Gram matrix of `sum_t g_t a_t^T`, rows ordered (sample, column)."""
     n, c, t, o = g.shape
     i, rows = a.shape[2], n * c
     pairs, explicit = outer_multiplications(n, c, t, i, o)
     if pairs <= explicit:
-        return _pairs(lambda lo, hi: torch.einsum("nti,msi->ntms", a[lo:hi], a), g)
+        return _pairs(lambda lo, hi: torch.einsum("nti,msi->ntms", a[lo:hi], a), g, work)
     gram = g.new_zeros(rows, rows)
-    slab = max(1, _SLAB // (rows * i))
+    slab = max(1, work // (rows * i))
     for lo in range(0, o, slab):
         m = torch.einsum("ncto,nti->ncoi", g[..., lo : lo + slab], a).reshape(rows, -1)
         gram += m @ m.T
     return gram
 
 
-def _pairs(inputs: Callable[[int, int], Tensor], g: Tensor) -> Tensor:
+def _pairs(inputs: Callable[[int, int], Tensor], g: Tensor, work: int) -> Tensor:
     """Sum over pairs of positions, a slab of samples at a time; `inputs(lo, hi)` is `(hi - lo, t, n, t)`."""
     n, c, t, o = g.shape
     if t == 1:
@@ -74,7 +74,7 @@ def _pairs(inputs: Callable[[int, int], Tensor], g: Tensor) -> Tensor:
         weights = inputs(0, n).reshape(n, n)
         return (flat @ flat.T).reshape(n, c, n, c).mul_(weights[:, None, :, None]).reshape(n * c, n * c)
     gram = g.new_empty(n, c, n, c)
-    slab = max(1, _SLAB // (c * t * n * c * t))
+    slab = max(1, work // (c * t * n * c * t))
     flat = g.reshape(n * c * t, o)
     for lo in range(0, n, slab):
         products = (g[lo : lo + slab].reshape(-1, o) @ flat.T).reshape(-1, c, t, n, c, t)
@@ -91,9 +91,10 @@ def vector_gram(v: Float[Tensor, "samples columns size"]) -> Float[Tensor, "rows
 def lookup_gram(
     same: Bool[Tensor, "samples positions samples positions"],
     g: Float[Tensor, "samples columns positions out"],
+    work: int = SLAB,
 ) -> Float[Tensor, "rows rows"]:
     """Gram matrix of an embedding's gradient: positions meet where their tokens are the same."""
-    return _pairs(lambda lo, hi: same[lo:hi].to(g.dtype), g)
+    return _pairs(lambda lo, hi: same[lo:hi].to(g.dtype), g, work)
 
 
 def _positions(g: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def _positions(g: Tensor) -> Tensor:
 
 
 def module_gram(
-    module: nn.Module, inputs: list[Tensor], gradients: list[Tensor], names: set[str]
+    module: nn.Module, inputs: list[Tensor], gradients: list[Tensor], names: set[str], work: int = SLAB
 ) -> Float[Tensor, "rows rows"] | None:
     """Gram matrix of one module's own parameters, or None if this kind of module is not known.
 
@@ -111,6 +112,7 @@ def module_gram(
         inputs: one tensor a call, `(samples, ...)`.
         gradients: one a call, by the module's output, `(columns, samples, ...)`.
         names: which of its parameters to differentiate by.
+        work: scalars in one slab of work.
     """
     if not names <= {"weight", "bias"} or len(inputs) != len(gradients):
         return None
@@ -118,12 +120,12 @@ def module_gram(
 
     def add(gram: Tensor) -> None:
         nonlocal total
-        total = gram if total is None else total + gram
+        total = gram if total is None else total.add_(gram)
 
     if type(module) is nn.Linear:
         g = torch.cat([_positions(t) for t in gradients], dim=2)
         if "weight" in names:
-            add(outer_gram(torch.cat([x.reshape(x.shape[0], -1, x.shape[-1]) for x in inputs], dim=1), g))
+            add(outer_gram(torch.cat([x.reshape(x.shape[0], -1, x.shape[-1]) for x in inputs], dim=1), g, work))
         if "bias" in names:
             add(vector_gram(g.sum(2)))
     elif isinstance(module, (nn.Conv1d, nn.Conv2d)) and type(module) in (nn.Conv1d, nn.Conv2d):
@@ -133,7 +135,7 @@ def module_gram(
             parts = [_patches(module, x, t, group) for x, t in zip(inputs, gradients, strict=True)]
             a, g = torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=2)
             if "weight" in names:
-                add(outer_gram(a, g))
+                add(outer_gram(a, g, work))
             if "bias" in names:
                 add(vector_gram(g.sum(2)))
     elif type(module) is nn.Embedding and len(inputs) == 1:
@@ -143,7 +145,7 @@ def module_gram(
             same &= (tokens != module.padding_idx)[:, :, None, None]
         if module.max_norm is not None or module.scale_grad_by_freq:
             return None
-        add(lookup_gram(same, _positions(gradients[0])))
+        add(lookup_gram(same, _positions(gradients[0]), work))
     else:
         scaled = [_normalised(module, x) for x in inputs]
         if any(s is None for s in scaled):

@@ -17,14 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_rmt.operators.contractions import module_gram, module_multiplications
+from torch_rmt.operators.contractions import module_gram
 from torch_rmt.operators.curvature import GaussNewton, flat
+from torch_rmt.operators.dual_counts import Room, dual_counts, own_parameters, room_for
 from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.fisher import GradientCovariance, PerSample
 from torch_rmt.operators.kernel import NeuralTangentKernel
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import output_curvature
-from torch_rmt.operators.memory import free_bytes, is_out_of_memory
+from torch_rmt.operators.memory import is_out_of_memory
 from torch_rmt.operators.places import Place, tensor_at
 from torch_rmt.operators.pure import PureModel, first_tensor
 from torch_rmt.operators.shifts import by_shifts
@@ -95,107 +96,41 @@ def dual_gram(
         raise ValueError("the dual needs one batch: concatenate the batches, or use SLQ on the operator")
     else:
         inputs = operator.given[0].inputs
+    counts = dual_counts(operator)
+    room = room_for(operator, counts, max_memory)
     with pure.guarded(), torch.no_grad():
         output = pure(pure.params, inputs)
-    _refuse_too_large(operator, output, max_memory)
     factors = _factors(operator, output)
     layers: dict[str, Tensor] = {}
     try:
-        layers, rest = _by_modules(pure, inputs, factors)
+        layers, rest = _by_modules(pure, inputs, factors, room, together=not by_layer)
     except RuntimeError as problem:  # hooks and checkpointing do not mix; EngineError is a RuntimeError too
         if is_out_of_memory(problem):
             raise
         reason = str(problem).strip().splitlines()[0]
     else:
         if rest:
-            layers[_PRODUCTS] = _by_products(pure, inputs, rest, factors)
+            layers[_PRODUCTS] = _by_products(pure, inputs, rest, factors, room)
         total = torch.stack(list(layers.values())).sum(0) if by_layer else _summed(layers)
         if isinstance(operator, GradientCovariance):
             total, layers = _centred(total), {name: _centred(gram) for name, gram in layers.items()}
         if _confirmed(operator, total, factors):
-            passes = factors.shape[0] + (total.shape[0] if rest else 0)
+            passes = factors.shape[0] * max(1, room.groups) + (total.shape[0] if rest else 0)
             method = "Gram matrices of the modules" + (f"; {len(rest)} parameters by products" if rest else "")
+            method += f"; modules in {room.groups} groups for memory" if room.groups > 1 else ""
             return DualGram(total, layers if by_layer else {}, operator.shape[0], method, passes)
         # Samples that mix (batch normalisation in train mode) have no per-sample gradients.
         reason = "the samples of this batch depend on one another"
-    total = _by_products(pure, inputs, list(pure.names), factors)
+    total = _by_products(pure, inputs, list(pure.names), factors, room)
     if isinstance(operator, GradientCovariance):
         total = _centred(total)
     return DualGram(total, {}, operator.shape[0], f"products with every column ({reason})", total.shape[0])
-
-
-@dataclass(frozen=True)
-class DualCounts:
-    """What building the dual takes, counted on shapes.
-
-    Fields:
-        rows: of the Gram matrix, samples x columns.
-        columns: backward passes of the batch.
-        modules: with a contraction.
-        multiplications: of all contractions.
-        gradients: bytes of all modules' inputs and output gradients, held at the same time.
-        rows_by_products: `rows` if a parameter of no such module needs products with every row, else 0.
-    """
-
-    rows: int
-    columns: int
-    modules: int
-    multiplications: int
-    gradients: int
-    rows_by_products: int
-
-
-def dual_counts(operator: GaussNewton | NeuralTangentKernel) -> DualCounts:
-    """Count what `dual_gram` would do, by one forward pass without gradients."""
-    pure = operator.pure
-    inputs = operator.inputs if isinstance(operator, NeuralTangentKernel) else operator.given[0].inputs
-    modules, rest = _own_parameters(pure)
-    sizes: list[tuple[nn.Module, torch.Size, torch.Size]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        entered, left = first_tensor(args), first_tensor(output)
-        if entered is not None and left is not None:
-            sizes.append((module, entered.shape, left.shape))
-
-    with pure.guarded(), torch.no_grad(), ExitStack() as stack:
-        for module, _ in modules.values():
-            stack.callback(module.register_forward_hook(note).remove)
-        output = pure(pure.params, inputs)
-    columns = _columns(operator, output)
-    called = {id(module) for module, _, _ in sizes}
-    rest += [name for name, (module, _) in modules.items() if id(module) not in called]
-    rows, item, total, held = output.shape[0] * columns, pure.dtype.itemsize, 0, 0
-    for module, entered, left in sizes:
-        here = module_multiplications(module, entered, left, columns)
-        rest += ["unknown"] * (here is None)
-        total += here or 0
-        held += item * (entered.numel() + columns * left.numel())
-    return DualCounts(rows, columns, len(sizes), total, held, rows if rest else 0)
-
-
-def _columns(operator: GaussNewton | NeuralTangentKernel, output: Tensor) -> int:
-    if isinstance(operator, PerSample) and operator.kind != "exact":
-        return operator.draws
-    return output[0].numel()
 
 
 def _centred(gram: Tensor) -> Tensor:
     """Gram matrix of the columns less their mean, which makes a second moment a covariance."""
     left = gram - gram.mean(0, keepdim=True)
     return left - left.mean(1, keepdim=True)
-
-
-def _refuse_too_large(operator: GaussNewton | NeuralTangentKernel, output: Tensor, max_memory: int | None) -> None:
-    rows = output.shape[0] * _columns(operator, output)
-    # The sum, one module's part and the float64 copy for the eigenvalues; cotangents at the output and one
-    # layer.
-    need = 4 * rows**2 * output.element_size() + 2 * rows * output[0].numel() * output.element_size()
-    limit = max_memory if max_memory is not None else free_bytes(operator.device) // 2
-    if need > limit:
-        raise ValueError(
-            f"the Gram matrix of {rows} samples x columns would take {need / 2**30:.3g} GiB of "
-            f"{limit / 2**30:.3g}; use fewer samples, Fisher(..., kind='sampled'), or SLQ on the operator"
-        )
 
 
 def _summed(grams: dict[str, Tensor]) -> Tensor:
@@ -205,20 +140,47 @@ def _summed(grams: dict[str, Tensor]) -> Tensor:
     return total
 
 
-def _by_modules(pure: PureModel, inputs: Any, factors: Tensor) -> tuple[dict[str, Tensor], list[str]]:
-    """Gram matrix of each module, and the names of the parameters that none covers."""
-    modules, rest = _own_parameters(pure)
+def _by_modules(
+    pure: PureModel, inputs: Any, factors: Tensor, room: Room, *, together: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Gram matrix of each module (or of all together), and the names of the parameters that none covers."""
+    modules, rest = own_parameters(pure)
     layers: dict[str, Tensor] = {}
-    if modules:
-        caught, gradients = _pass(pure, inputs, modules, factors)
-        for name, (module, names) in modules.items():
+    waiting = list(modules)
+    while waiting:
+        group: list[str] = []
+        held = 0
+        while waiting and (not group or held + room.by_module.get(waiting[0], 0) <= room.gradients):
+            held += room.by_module.get(waiting[0], 0)
+            group.append(waiting.pop(0))
+        room.groups += 1
+        caught, gradients = _pass(pure, inputs, {name: modules[name] for name in group}, factors, room.columns)
+        for name in group:
+            module, names = modules[name]
             entered, left = caught.pop(name), gradients.pop(name)
-            gram = module_gram(module, entered, left, set(names)) if entered else None  # else its weight is used raw
+            # A module whose weight is used without a call has entered nothing.
+            gram = module_gram(module, entered, left, set(names), room.work) if entered else None
             if gram is None:
                 rest += list(names.values())
+            elif together and layers:
+                next(iter(layers.values())).add_(gram)
             else:
                 layers[name] = gram
     return layers, rest
+
+
+def output_factors(operator: GaussNewton | NeuralTangentKernel) -> Float[Tensor, "columns samples *output"]:
+    """Z with A = J^T Z Z^T J: a root of the loss's curvature by the outputs, or the residuals of a Fisher matrix.
+
+    Raises:
+        ValueError: batches of several, or a loss whose Hessian by the output is not positive.
+    """
+    if not isinstance(operator, NeuralTangentKernel) and len(operator.given) > 1:
+        raise ValueError("the factors are those of one batch: concatenate the batches")
+    inputs = operator.inputs if isinstance(operator, NeuralTangentKernel) else operator.given[0].inputs
+    with operator.pure.guarded(), torch.no_grad():
+        output = operator.pure(operator.pure.params, inputs)
+    return _factors(operator, output)
 
 
 def _factors(operator: GaussNewton | NeuralTangentKernel, output: Tensor) -> Tensor:
@@ -242,28 +204,8 @@ def _factors(operator: GaussNewton | NeuralTangentKernel, output: Tensor) -> Ten
     return roots.permute(2, 0, 1).reshape(size, *output.shape)
 
 
-def _own_parameters(pure: PureModel) -> tuple[dict[str, tuple[nn.Module, dict[str, str]]], list[str]]:
-    """Modules with parameters of their own that are used once each, and the parameters of no such module."""
-    chosen = set(pure.names)
-    uses: dict[int, int] = {}
-    for _, p in pure.module.named_parameters(remove_duplicate=False):
-        uses[id(p)] = uses.get(id(p), 0) + 1
-    modules: dict[str, tuple[nn.Module, dict[str, str]]] = {}
-    covered: set[str] = set()
-    for name, module in pure.module.named_modules():
-        own = {
-            n: f"{name}.{n}" if name else n
-            for n, p in module.named_parameters(recurse=False)
-            if uses[id(p)] == 1 and (f"{name}.{n}" if name else n) in chosen
-        }
-        if own and not list(module.children()):
-            modules[name] = (module, own)
-            covered |= set(own.values())
-    return modules, [n for n in pure.names if n not in covered]
-
-
 def _pass(
-    pure: PureModel, inputs: Any, modules: dict[str, tuple[nn.Module, dict[str, str]]], factors: Tensor
+    pure: PureModel, inputs: Any, modules: dict[str, tuple[nn.Module, dict[str, str]]], factors: Tensor, width: int
 ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
     """Inputs of every call of every module, and gradients by their outputs for all columns."""
     caught: dict[str, list[Tensor]] = {name: [] for name in modules}
@@ -291,13 +233,19 @@ def _pass(
 
     f = by_shifts(pure, inputs, places, tuple(torch.zeros_like(t) for t in shapes), lambda output: output)
     products, _ = climb(f, FIRST_ORDER, pure.module, ("dual", tuple(map(str, places)), tuple(t for _, t in pure.modes)))
-    pulled = products.pull((factors,))
-    for place, g in zip(places, pulled, strict=True):
+    if width >= factors.shape[0]:
+        found = list(products.pull((factors,)))
+    else:
+        found = [t.new_empty(factors.shape[0], *t.shape) for t in shapes]
+        for start in range(0, factors.shape[0], width):
+            for whole, part in zip(found, products.pull((factors[start : start + width],)), strict=True):
+                whole[start : start + width] = part
+    for place, g in zip(places, found, strict=True):
         gradients[place.name].append(g)
     return caught, gradients
 
 
-def _by_products(pure: PureModel, inputs: Any, names: list[str], factors: Tensor) -> Tensor:
+def _by_products(pure: PureModel, inputs: Any, names: list[str], factors: Tensor, room: Room) -> Tensor:
     """`Z^T J J^T Z` for some parameters, sample by sample and column by column; right for any model."""
     index = [pure.names.index(n) for n in names]
 
@@ -317,12 +265,15 @@ def _by_products(pure: PureModel, inputs: Any, names: list[str], factors: Tensor
     products, _ = climb(f, FIRST_ORDER, pure.module, ("dual rest", tuple(names), tuple(t for _, t in pure.modes)))
     columns, samples = factors.shape[:2]
     gram = factors.new_empty(samples * columns, samples * columns)
+    flat_factors = factors.reshape(columns, samples, -1)
     for n in range(samples):
-        only = torch.zeros_like(factors)
-        only[:, n] = factors[:, n]
-        (image,) = products.push(products.pull((only,)))  # (columns, samples, *output)
-        block = torch.einsum("kno,cno->nck", image.reshape(columns, samples, -1), factors.reshape(columns, samples, -1))
-        gram[:, n * columns : (n + 1) * columns] = block.reshape(samples * columns, columns)
+        for start in range(0, columns, room.columns):
+            some = slice(start, start + room.columns)
+            only = torch.zeros_like(factors[some])
+            only[:, n] = factors[some, n]
+            (image,) = products.push(products.pull((only,)))  # (some columns, samples, *output)
+            block = torch.einsum("kno,cno->nck", image.reshape(len(image), samples, -1), flat_factors)
+            gram[:, n * columns : (n + 1) * columns][:, some] = block.reshape(samples * columns, -1)
     return gram
 
 

@@ -152,4 +152,4 @@ class GradientCovariance(PerSample):
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns `F_emp v - g (g . v)`."""
         g = self.gradient()
-        return super().matmat(V) - torch.outer(g, g @ V)
+        return super().matmat(V).addmm_(g[:, None], (g @ V)[None], alpha=-1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.curvature import Curvature, GaussNewton
-from torch_rmt.operators.dual import dual_counts
+from torch_rmt.operators.dual_counts import dual_bytes, dual_counts
 from torch_rmt.operators.kernel import NeuralTangentKernel
 from torch_rmt.operators.memory import graph_bytes, is_out_of_memory
 from torch_rmt.operators.pure import PureModel
@@ -90,6 +91,7 @@ class Route:
 # A kept second-order graph runs once for a product where a gradient runs forward and backward.
 _PRODUCT_OVER_GRADIENT = 1.5
 _RECOMPUTED_OVER_GRADIENT = 3.5
+COLUMNS_AT_ONCE = 256  # of a matrix that is written out; found by tuning on 2 cores: wider only costs memory
 # What a core or a GPU does while it fetches a byte: 100 Gflop/s over 10 GB/s, 30 Tflop/s over 3 TB/s.
 FLOPS_PER_BYTE = 10.0
 # Eigenvalues of a symmetric matrix in float64 take 4/3 n^3 flops at about a quarter of the rate of products.
@@ -176,18 +178,23 @@ def plan(
                 "samples, or fewer parameters (params=...)"
             )
         notes.append(f"{fit} of {products} products: {max_seconds:.3g} s allow no more")
-    block, vector = operator.chunk, operator.shape[0] * operator.dtype.itemsize
+    footprint = replace(operator.footprint(), vmapped=operator.chunk > 1)
+    vector, block = footprint.vector, operator.chunk
+
+    def held(width: int) -> int:
+        return footprint.product(width, width) + width * vector  # with the vectors given
+
     if max_memory is not None:
-        room = (max_memory - each.bytes) // max(1, 3 * vector)
-        if room < 1:
+        if held(1) > max_memory:
             raise ValueError(
-                f"graph and one vector take {each.bytes + 3 * vector} bytes, {max_memory} are allowed; build "
+                f"graph and one vector take {held(1)} bytes, {max_memory} are allowed; build "
                 "the operator with that max_memory so that graphs are recomputed, or use fewer samples"
             )
-        if room < block:
-            block = int(room)
+        while held(block) > max_memory:
+            block -= 1
+        if block < operator.chunk:
             notes.append(f"blocks of {block} vectors: {max_memory} bytes allow no more")
-    return Plan(fit, fit * each.seconds, each.bytes + 3 * block * vector, block, tuple(notes))
+    return Plan(fit, fit * each.seconds, held(block), block, tuple(notes))
 
 
 def exact_routes(operator: Curvature | NeuralTangentKernel) -> tuple[Route, ...]:
@@ -212,14 +219,23 @@ def exact_routes(operator: Curvature | NeuralTangentKernel) -> tuple[Route, ...]
         return Route(name, passes * each.flops + flops, passes * each.moved + moved, int(held), seconds)
 
     # Matrix, its float64 copy, and what the eigenvalues need.
-    found = [route("dense", n, _EIGENVALUES * n**3, 0.0, each.bytes + n * n * (item + 24))]
+    matrix = product_bytes(operator, 1) + n * n * (item + 24) + 2 * min(n, COLUMNS_AT_ONCE) * n * item
+    found = [route("dense", n, _EIGENVALUES * n**3, 0.0, matrix)]
     if isinstance(operator, NeuralTangentKernel) or (isinstance(operator, GaussNewton) and len(operator.given) == 1):
         counts = dual_counts(operator)
         passes = counts.columns / 2 + counts.rows_by_products  # a backward pass is half a product with J and J^T
         flops = 2 * counts.multiplications + _EIGENVALUES * counts.rows**3
-        held = counts.gradients + counts.rows**2 * (3 * item + 16)
-        found.append(route("dual", passes, flops, 4 * item * counts.modules * counts.rows**2, held))
+        moved = 4 * item * counts.modules * counts.rows**2
+        found.append(route("dual", passes, flops, moved, dual_bytes(operator, counts)))
     return tuple(sorted(found, key=lambda r: r.work))
+
+
+def product_bytes(operator: LinearOperator, columns: int) -> int:
+    """Bytes that a product with so many columns takes beside the vectors given, where that can be known."""
+    vector = max(operator.shape) * operator.dtype.itemsize
+    if isinstance(operator, Curvature | NeuralTangentKernel):
+        return operator.footprint().product(columns)
+    return 2 * columns * vector
 
 
 @cache
@@ -237,5 +253,5 @@ def machine_speed(device: torch.device) -> float:
 def lanczos_route(operator: Curvature | NeuralTangentKernel, products: int) -> Route:
     """Cost of so many products."""
     each = cost(operator)
-    held = each.bytes + 8 * operator.shape[0] * operator.dtype.itemsize
+    held = product_bytes(operator, 1) + 6 * operator.shape[0] * operator.dtype.itemsize
     return Route("lanczos", products * each.flops, products * each.moved, held, products * each.seconds)
