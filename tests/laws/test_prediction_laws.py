@@ -143,6 +143,21 @@ def test_stieltjes_transform_is_a_nevanlinna_function(law: SpectralMeasure) -> N
     np.testing.assert_allclose(law.stieltjes(inside), near, rtol=2e-4)
 
 
+def test_slope_and_potential_differentiate_and_moments_agree(law: SpectralMeasure) -> None:
+    low, high = law.bounds()
+    width = high - low
+    z = low + width * (np.array([-0.1, 0.05, 0.5, 0.9, 1.2]) + 0.4j)
+    step = 1e-2 * width
+    offsets, weights = np.array([-2, -1, 1, 2]), np.array([1, -8, 8, -1]) / 12
+    for function, derivative in ((law.stieltjes, law.slope), (law.log_potential, law.stieltjes)):
+        difference = sum(w * function(z + k * step) for k, w in zip(offsets, weights, strict=True)) / step
+        np.testing.assert_allclose(difference, derivative(z), rtol=2e-5)
+    np.testing.assert_allclose(SpectralMeasure.log_potential(law, z), law.log_potential(z), rtol=1e-7, atol=1e-7)
+    size = max(abs(low), abs(high))
+    for k in (1, 2, 3):
+        assert SpectralMeasure.moment(law, k) == pytest.approx(law.moment(k), rel=1e-7, abs=1e-9 * size**k)
+
+
 def test_a_prediction_says_what_it_assumes_and_where_it_comes_from(name: str) -> None:
     prediction = predict(name)
     assert prediction.reference

@@ -184,8 +184,20 @@ def _roots(phi: Activation, condition: Callable[[float, float, float], float]) -
             q = float(np.exp(log_q))
             return condition(q, second_moment(phi, q), slope_moment(phi, q))
 
-        roots.append(float(np.exp(brentq(exact, np.log(grid[i]), np.log(grid[i + 1]), xtol=1e-15, rtol=1e-15))))
+        roots.append(_crossing(exact, grid[i], grid[i + 1]))
     return roots
+
+
+def _crossing(function: Callable[[float], float], low: float, high: float) -> float:
+    """q between two points of the table where a function of log q changes sign.
+
+    A root that falls on a point of the table may have its change of sign hidden by rounding: it is the nearer end.
+    """
+    ends = float(np.log(low)), float(np.log(high))
+    first, last = function(ends[0]), function(ends[1])
+    if first * last >= 0.0:
+        return float(low if abs(first) <= abs(last) else high)
+    return float(np.exp(brentq(function, *ends, xtol=1e-15, rtol=1e-15)))
 
 
 def _choose(phi: Activation, candidates: list[float], asked: str) -> CriticalPoint:
@@ -244,8 +256,7 @@ def half_stable_point(activation: object) -> CriticalPoint | None:
         # Far out, and close to zero, both are asymptotically homogeneous and differ by rounding alone.
         if np.abs(values[i : i + 2]).max() < 1e-7:
             continue
-        q = float(np.exp(brentq(exact, np.log(grid[i]), np.log(grid[i + 1]), xtol=1e-15, rtol=1e-15)))
-        point = _at(phi, q)
+        point = _at(phi, _crossing(exact, grid[i], grid[i + 1]))
         if point.kind == "half-stable":
             return point
     return None
