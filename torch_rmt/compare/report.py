@@ -67,7 +67,8 @@ class Report:
         distances: each with its noise floor; empty without a prediction.
         outliers: significant eigenvalues beyond the law's edges, the farthest first.
         verdict: in words, with what to do.
-        agrees: whether the law holds within noise; None without a prediction, or where noise hides the answer.
+        agrees: whether what was predicted (the law, or a scale alone) holds within noise; None without a prediction, or
+            where noise hides the answer.
         facts: numbers measured on the way ("chi", "gradient_ratio", ...); they join `scalars()`.
 
     The JSON is strict: no NaN or infinity in it, they become null.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_rmt.compare import Report, compare, freeness_gap
 from torch_rmt.describe import architecture_between, independent_size_of
 from torch_rmt.diagnose.measuring import measure, one_sample
+from torch_rmt.diagnose.wide import beside_a_wide_network, wide_scale
 from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
 from torch_rmt.theory import Residual, jacobian_spectrum
@@ -79,12 +80,14 @@ def curvature_report(
     *,
     seed: int = 0,
 ) -> Report:
-    """Measure a Gauss-Newton or Fisher matrix, for which theory has no law in a general network.
+    """Compare the scale of a Gauss-Newton or Fisher matrix with that of a wide network drawn at random.
 
-    The Fisher matrix of a loss that is no likelihood that we know is the empirical one, and the report says so.
+    Theory has no law for the whole spectrum in a general network; its mean and largest eigenvalue follow from the
+    tangent kernel on this batch where the network is a chain of dense layers. The Fisher matrix of a loss that is no
+    likelihood that we know is the empirical one, and the report says so.
     """
-    reason = "theory has its law for one hidden layer of equal widths and Gaussian data only"
-    operator: LinearOperator
+    reason, note = "theory has no law for it in such a network", ""
+    operator: GaussNewton
     try:
         operator = (GaussNewton if name == "gauss_newton" else Fisher)(model, loss, batch)
         spectrum = measure(operator, seed)
@@ -94,7 +97,13 @@ def curvature_report(
         operator = Fisher(model, loss, batch, kind="empirical")
         spectrum = measure(operator, seed)
         reason = "the loss is no likelihood that we know, so this is the empirical Fisher matrix"
-    return compare(spectrum, None, name=name, facts=_top(operator, seed), reason=reason)
+        note = f"{reason[0].upper()}{reason[1:]}."
+    facts = _top(operator, seed)
+    try:
+        scale = wide_scale(model, batch[0], operator)
+    except (ValueError, ArithmeticError) as error:
+        return compare(spectrum, None, name=name, facts=facts, reason=f"{reason} ({error})")
+    return beside_a_wide_network(compare(spectrum, None, name=name, facts=facts, reason=reason), scale, note=note)
 
 
 def _top(operator: LinearOperator, seed: int) -> dict[str, float]:

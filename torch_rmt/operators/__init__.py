@@ -7,13 +7,23 @@ from torch_rmt.operators.blocks import layer_blocks
 from torch_rmt.operators.closure import ClosureHessian, adam_scale
 from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian
 from torch_rmt.operators.distributed import AllReduced, unsharded
-from torch_rmt.operators.dual import DualGram, dual_gram
+from torch_rmt.operators.dual import DualGram, dual_gram, output_factors
 from torch_rmt.operators.engines import EngineError
 from torch_rmt.operators.fisher import Fisher, GradientCovariance
 from torch_rmt.operators.jacobian import Jacobian
 from torch_rmt.operators.kernel import NeuralTangentKernel, conjugate_kernel
 from torch_rmt.operators.memory import is_out_of_memory
-from torch_rmt.operators.plan import Cost, Plan, Route, cost, exact_routes, lanczos_route, plan
+from torch_rmt.operators.plan import (
+    Cost,
+    Plan,
+    Route,
+    cost,
+    exact_routes,
+    keeping_to,
+    lanczos_route,
+    plan,
+    product_bytes,
+)
 from torch_rmt.operators.sharded import ShardedHessian
 from torch_rmt.operators.sweep import (
     LayerNorms,
@@ -57,11 +67,14 @@ __all__ = [
     "from_scipy",
     "input_to_layers",
     "is_out_of_memory",
+    "keeping_to",
     "lanczos_route",
     "layer_blocks",
     "layers_to_output",
+    "output_factors",
     "partial_jacobian_norms",
     "plan",
+    "product_bytes",
     "single_layers",
     "to_scipy",
     "unsharded",

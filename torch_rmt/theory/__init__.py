@@ -61,3 +61,5 @@ from torch_rmt.theory.spin_glass import SphericalSpinGlass as SphericalSpinGlass
 from torch_rmt.theory.variants import convolution_layer as convolution_layer
 from torch_rmt.theory.variants import normalised_chi as normalised_chi
 from torch_rmt.theory.variants import residual_spectrum as residual_spectrum
+from torch_rmt.theory.wide_kernel import WideKernel as WideKernel
+from torch_rmt.theory.wide_kernel import wide_kernel as wide_kernel

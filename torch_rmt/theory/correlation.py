@@ -9,7 +9,7 @@ from torch_rmt.theory.activation import Activation, ArrayFunction
 from torch_rmt.theory.gaussian import IN_DEVIATIONS, gaussian_rule, legendre, panel_rule
 from torch_rmt.theory.moments import closed_moments, second_moment, slope_moment
 
-_HERMITE_TERMS = 240
+HERMITE_TERMS = 240
 # Nodes of a panel: with 10, 12, 14 or 20 the pairs of erf, GELU and sine keep the same distance from the closed forms.
 _INNER = 11
 _POINT = np.zeros(1), np.ones(1)
@@ -89,17 +89,19 @@ def _inner_edges(
     return np.sort(np.concatenate([own, clipped], axis=1), axis=1)
 
 
-def hermite_weights(activation: Activation, q: float) -> Float[np.ndarray, " terms"]:
-    """a_k^2 with E phi(u1) phi(u2) = sum_k a_k^2 c^k, a_k = E phi(sqrt(q) Z) He_k(Z) / sqrt(k!)."""
-    h, weights = gaussian_rule(q, activation.kinks, order=28)
+def hermite_coefficients(
+    function: ArrayFunction, q: float, kinks: tuple[float, ...] = ()
+) -> Float[np.ndarray, " terms"]:
+    """a_k = E f(sqrt(q) Z) He_k(Z) / sqrt(k!), k = 0 to 239: E f(u1) f(u2) = sum_k a_k^2 c^k at correlation c."""
+    h, weights = gaussian_rule(q, kinks, order=28)
     z = h / np.sqrt(q)
-    terms = np.empty(_HERMITE_TERMS)
+    terms = np.empty(HERMITE_TERMS)
     before, now = np.zeros_like(z), np.sqrt(weights)
-    values = activation.value(h) * np.sqrt(weights)
-    for k in range(_HERMITE_TERMS):
+    values = function(h) * np.sqrt(weights)
+    for k in range(HERMITE_TERMS):
         terms[k] = values @ now
         before, now = now, (z * now - np.sqrt(k) * before) / np.sqrt(k + 1)
-    return terms**2
+    return terms
 
 
 def correlation_fixed_point(
@@ -121,7 +123,7 @@ def correlation_fixed_point(
         return 1.0, slope_at_one
     if closed_moments(activation) is not None:
         return _newton_on_the_map(activation, sigma_w, sigma_b, q, scale)
-    series = sigma_w**2 * hermite_weights(activation, q) / scale
+    series = sigma_w**2 * hermite_coefficients(activation.value, q, activation.kinks) ** 2 / scale
     series[0] += sigma_b**2 / scale
     series[np.abs(series) < 1e-17] = 0.0
     poly = np.polynomial.Polynomial(series)
@@ -141,11 +143,11 @@ def correlation_fixed_point(
 
     def slope_at(c: float) -> float:
         # Where the series has converged its slope is exact; the integral takes over near one.
-        if c**_HERMITE_TERMS < 1e-9:
+        if c**HERMITE_TERMS < 1e-9:
             return float(slope(c))
         return sigma_w**2 * q / scale * pair_expectation(activation.derivative, q, c, activation.kinks)
 
-    if c**_HERMITE_TERMS < 1e-16:  # what the series leaves out is below rounding
+    if c**HERMITE_TERMS < 1e-16:  # what the series leaves out is below rounding
         return c, float(slope(c))
     for _ in range(30):
         d = slope_at(c)
