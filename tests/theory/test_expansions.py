@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from torch_rmt.theory.activation import as_activation
+from torch_rmt.theory.activation import Activation, as_activation
+from torch_rmt.theory.correlation import slope_pair, value_pair
+from torch_rmt.theory.critical import critical_point
 from torch_rmt.theory.edges import LargestEigenvalue, TracyWidom
+from torch_rmt.theory.finite_width import gradient_norm_law
+from torch_rmt.theory.fisher import fisher_law, fisher_spectrum
+from torch_rmt.theory.gaussian import gaussian_expectation
 from torch_rmt.theory.gradient_norm import GradientNormLaw
+from torch_rmt.theory.isometry import limit_law, shifted_relu, smoothed_relu
 from torch_rmt.theory.moments import length_slope, second_moment
 from torch_rmt.theory.phase import critical_line, phase_diagram
 
@@ -89,3 +95,61 @@ def test_the_default_picture_is_that_of_its_points() -> None:
     assert np.isnan(phase_diagram("relu", [1.0], [0.1]).critical_sigma_w[0])
     with pytest.raises(ValueError, match="one axis"):
         phase_diagram("tanh", [])
+
+
+@pytest.mark.parametrize("width", [0.3, 2.0])
+def test_a_smoothed_relu_is_the_mean_of_a_shaken_one(width: float) -> None:
+    phi = smoothed_relu(width)
+    for h in (-3.0, -0.4, 0.0, 0.7, 5.0):
+        kink = (-h / width,) if abs(h) < 8 * width else ()
+        shaken = gaussian_expectation(lambda z, h=h: np.maximum(h + width * z, 0.0), 1.0, kink)
+        assert float(phi.value(np.array(h))) == pytest.approx(shaken, abs=1e-12)
+        passing = gaussian_expectation(lambda z, h=h: (h + width * z > 0) * 1.0, 1.0, kink)
+        assert float(phi.derivative(np.array(h))) == pytest.approx(passing, abs=1e-12)
+    with pytest.raises(ValueError, match="width must be positive"):
+        smoothed_relu(np.inf)
+    with pytest.raises(ValueError, match="shift must be finite"):
+        shifted_relu(np.nan)
+
+
+@pytest.mark.parametrize("name", ["tanh", "hard_tanh"])
+@pytest.mark.parametrize("variance", [0.25, 4.0])
+def test_the_largest_of_a_limit_is_where_its_inverse_turns(name: str, variance: float) -> None:
+    limit = limit_law(name, variance)
+    m = np.geomspace(1e-4, 1e6, 200001)
+    assert limit.largest() == pytest.approx(float(np.exp(limit.log_inverse(m).min())), rel=1e-5)
+    for bad in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match="variance"):
+            limit_law(name, bad)
+
+
+def test_pairs_without_a_closed_form_go_by_quadrature() -> None:
+    # erf hidden behind another name has no closed form, and the same moments
+    erf = as_activation("erf")
+    hidden = Activation("hidden", erf.value, erf.derivative)
+    for q, c in ((0.5, 0.3), (2.0, 0.9)):
+        assert value_pair(hidden, q, c) == pytest.approx(value_pair(erf, q, c), rel=1e-10)
+        assert slope_pair(hidden, q, c) == pytest.approx(slope_pair(erf, q, c), rel=1e-10)
+
+
+def test_a_given_sigma_w_is_the_one_that_is_used() -> None:
+    sigma_w = critical_point("tanh", q_star=0.5).sigma_w
+    free, given = (
+        gradient_norm_law([60] * 5, "tanh", q=0.5),
+        gradient_norm_law([60] * 5, "tanh", sigma_w=sigma_w, q=0.5),
+    )
+    assert given.mean == pytest.approx(free.mean, rel=1e-10)
+    assert given.log_mean_field == pytest.approx(free.log_mean_field, abs=1e-10)
+    smaller = gradient_norm_law([60] * 5, "tanh", sigma_w=0.9 * sigma_w, q=0.5)
+    assert smaller.log_mean_field == pytest.approx(free.log_mean_field + 8 * np.log(0.9), rel=1e-9)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_fisher_law_has_the_unit_of_the_activation_squared(unit: float) -> None:
+    tanh = as_activation("tanh")
+    scaled = fisher_law(Activation("scaled", lambda h: unit * tanh.value(h), lambda h: unit * tanh.derivative(h)))
+    assert np.allclose(np.array(scaled.support()) / unit**2, fisher_law("tanh").support(), rtol=1e-8)
+    jump = Activation("jump", lambda h: unit * (h + np.sign(h)), lambda h: unit * np.ones_like(h), (0.0,))
+    with pytest.raises(ValueError, match="jumps"):
+        fisher_law(jump)
+    assert ["outlier" in " ".join(fisher_spectrum(name).assumptions) for name in ("relu", "tanh")] == [True, False]

@@ -72,6 +72,16 @@ def test_bias_zero_limit_is_the_law_without() -> None:
     np.testing.assert_allclose(small.support()[0], plain.support()[0], rtol=1e-8)
 
 
+@pytest.mark.parametrize("n_out", [2, 20, 2000])
+def test_without_bias_the_outlier_of_the_row_means_is_that_of_one_mean(n_out: int) -> None:
+    phi = as_activation("relu")
+    moments = nonlinear_moments(phi, 1.3)
+    small = GramBiasLaw.of(phi, variance=1.3, sigma_b=1e-7, psi=1.5, ratio=0.5)
+    plain = gram_law(moments.eta, moments.zeta, psi=1.5, phi=0.75).outlier(n_out * moments.mean**2)
+    assert (plain is None) == (n_out == 2)
+    assert small.outlier(n_out) == (None if plain is None else pytest.approx(plain, rel=1e-6))
+
+
 def test_with_bias_second_moment_by_hand() -> None:
     # E tr Sigma^2 with Sigma = diag(v) + sqrt(alpha) W W^T sqrt(alpha), then Marchenko-Pastur
     law = gram_spectrum("relu", n_in=100, n_out=150, n_samples=300, sigma_b=0.8).measure

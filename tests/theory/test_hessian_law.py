@@ -102,3 +102,15 @@ def test_sharpness_of_the_edge_by_its_second_derivative() -> None:
 def test_bad_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         hessian_spectrum(**({"phi": 0.5, "energy": 0.1} | bad))
+
+
+def test_parts_refuse_what_is_no_ratio() -> None:
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="phi"):
+            gauss_newton_part(phi=bad)
+        with pytest.raises(ValueError, match="phi"):
+            residual_part(phi=bad, energy=1.0)
+    with pytest.raises(ValueError, match="scale"):
+        gauss_newton_part(phi=0.5, scale=0.0)
+    with pytest.raises(ValueError, match="energy 0"):
+        residual_part(phi=0.5, energy=0.0)
