@@ -65,7 +65,8 @@ def wide_scale(model: nn.Module, inputs: Any, operator: GaussNewton) -> WideScal
 
     def product(v: np.ndarray) -> np.ndarray:
         pushed = kernel.tangent @ np.einsum("cno,cn->no", z, v.reshape(shape))
-        return np.einsum("cno,no->cn", z, pushed).ravel()
+        image: np.ndarray = np.einsum("cno,no->cn", z, pushed)
+        return image.ravel()
 
     size = shape[0] * shape[1]
     matrix = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)

@@ -40,7 +40,8 @@ def _pairs(
     size = np.sqrt(np.outer(q, q))
     c = np.clip(covariance / size, -1.0, 1.0)
     coefficients, squares = _by_variance(function, kinks, q)
-    total, power = np.zeros_like(c), np.ones_like(c)
+    total: Float[np.ndarray, "n n"] = np.zeros_like(c)
+    power = np.ones_like(c)
     for k in range(HERMITE_TERMS):
         a = coefficients[:, k]
         total += np.outer(a, a) * power
