@@ -169,3 +169,14 @@ def test_a_model_of_tokens_is_diagnosed_from_its_embedding_on(seed: int) -> None
 def test_a_loss_that_is_no_likelihood_gets_its_empirical_fisher_matrix() -> None:
     found = diagnose(mlp(2, 8), (X[:, :8], torch.rand(24, 3)), functional.huber_loss, what=("fisher",))["fisher"]
     assert "empirical Fisher" in found.verdict
+
+
+def test_a_hessian_report_says_where_its_largest_eigenvalue_comes_from() -> None:
+    """H = G + R, so |top(H) - top(G)| <= |R| (Weyl), whatever could be told of the bulk."""
+    net = mlp()
+    report = diagnose(net, (X, Y), functional.cross_entropy, what=("hessian",))["hessian"]
+    top, gauss_newton, residual = (
+        report.facts[key] for key in ("largest_eigenvalue", "gauss_newton/largest", "residual/largest")
+    )
+    assert abs(top - gauss_newton) <= residual * 1.001
+    assert f"learning rate of {2 / top:.3g}" in report.verdict

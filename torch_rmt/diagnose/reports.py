@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -59,17 +60,21 @@ def hessian_report(
     """Compare the Hessian with the free sum of its two measured parts, H = Gauss-Newton + residual.
 
     Where the free sum cannot be computed the report is without a law and says so. Fact "largest_eigenvalue"
-    is converged, unlike the ends of the estimated spectrum.
+    is converged, unlike the ends of the estimated spectrum; "gauss_newton/largest" and "residual/largest" are the
+    largest sizes that the estimates of the parts found.
     """
     hessian, gauss_newton = Hessian(model, loss, batch), GaussNewton(model, loss, batch)
     residual = hessian - gauss_newton
     parts = [measure(gauss_newton, seed + 1), measure(residual, seed + 2)]
     whole, facts = measure(hessian, seed), _top(hessian, seed)
+    for part, spectrum in zip(("gauss_newton", "residual"), parts, strict=True):
+        facts[f"{part}/largest"] = max(abs(end) for end in spectrum.measure().bounds())
     try:
-        return freeness_gap(parts, whole, kind="sum", name=name, facts=facts)
+        report = freeness_gap(parts, whole, kind="sum", name=name, facts=facts)
     except (ValueError, ArithmeticError) as error:
         reason = f"the free sum of Gauss-Newton and residual part was not found ({error})"
-        return compare(whole, None, name=name, facts=facts, reason=reason)
+        report = compare(whole, None, name=name, facts=facts, reason=reason)
+    return replace(report, verdict=report.verdict + _top_in_words(facts))
 
 
 def curvature_report(
@@ -104,6 +109,17 @@ def curvature_report(
     except (ValueError, ArithmeticError) as error:
         return compare(spectrum, None, name=name, facts=facts, reason=f"{reason} ({error})")
     return beside_a_wide_network(compare(spectrum, None, name=name, facts=facts, reason=reason), scale, note=note)
+
+
+def _top_in_words(facts: Mapping[str, float]) -> str:
+    """Where the largest eigenvalue of a Hessian comes from, and what it means for the learning rate."""
+    text = (
+        f" Largest eigenvalue {facts['largest_eigenvalue']:.3g}; {facts['gauss_newton/largest']:.3g} in the Gauss-Newton "
+        f"part, {facts['residual/largest']:.3g} in size in the residual part."
+    )
+    if "max_lr" in facts:
+        text += f" Plain gradient descent is stable below a learning rate of {facts['max_lr']:.3g}."
+    return text
 
 
 def _top(operator: LinearOperator, seed: int) -> dict[str, float]:
