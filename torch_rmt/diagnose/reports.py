@@ -114,8 +114,8 @@ def curvature_report(
 def _top_in_words(facts: Mapping[str, float]) -> str:
     """Where the largest eigenvalue of a Hessian comes from, and what it means for the learning rate."""
     text = (
-        f" Largest eigenvalue {facts['largest_eigenvalue']:.3g}; {facts['gauss_newton/largest']:.3g} in the Gauss-Newton "
-        f"part, {facts['residual/largest']:.3g} in size in the residual part."
+        f" Largest eigenvalue {facts['largest_eigenvalue']:.3g}; {facts['gauss_newton/largest']:.3g} in the "
+        f"Gauss-Newton part, {facts['residual/largest']:.3g} in size in the residual part."
     )
     if "max_lr" in facts:
         text += f" Plain gradient descent is stable below a learning rate of {facts['max_lr']:.3g}."
