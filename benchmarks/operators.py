@@ -1,10 +1,11 @@
 """Products, blocks, duals and sweeps beside other libraries: time as ratios to one gradient, and peak memory.
 
 Run `python benchmarks/operators.py [--device cuda] [--dtype bfloat16] [--threads N] [--only mlp gpt resnet] [--tiny]`;
-prints a Markdown table. All figures of one model come from one run, interleaved; "g" is one forward and backward pass.
-Memory is the peak above what was held before, of building a row's operator and of its first two runs. Each row is
-also put beside the machine's matrix product (4096 square, same type as the model). `--only large_mlp large_gpt` is
-meant for a GPU. For hessian-eigenthings and PyHessian run it with a Python that has them.
+prints a Markdown table; a model takes one to three minutes on an idle core. All figures of one model come from one
+run, interleaved; "g" is one forward and backward pass. Memory is the peak above what was held before, of building a
+row's operator and of its first run. Each row is also put beside the machine's matrix product (1024 square on a CPU,
+4096 on a GPU, same type as the model). `--only large_mlp large_gpt` is meant for a GPU. For hessian-eigenthings and
+PyHessian run it with a Python that has them.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def rows(name: str, device: str, dtype: torch.dtype, tiny: bool) -> dict[str, Bu
         operators["empirical Fisher"] = lambda: Fisher(model, loss, (x, y), kind="empirical")
     for label, make in operators.items():
         work[f"{label} product"] = lambda make=make: products(make, 1)
-        if not name.startswith("large"):
+        if name in ("mlp", "gpt"):  # elsewhere a block of 16 takes a minute and says nothing new
             work[f"{label}, block of {BLOCK}, a vector"] = lambda make=make: products(make, BLOCK)
 
     def blocks() -> Callable[[], Any]:
@@ -121,7 +122,8 @@ def rows(name: str, device: str, dtype: torch.dtype, tiny: bool) -> dict[str, Bu
         vectors = {key: torch.randn(b.shape[0], 1, device=device, dtype=measured) for key, b in parts.items()}
         return lambda: [b.matmat(vectors[key]) for key, b in parts.items()]
 
-    work["all layer blocks of the Hessian, a product each"] = blocks
+    if name in ("mlp", "gpt"):
+        work["all layer blocks of the Hessian, a product each"] = blocks
     if name == "mlp":
         few = (x[:128], y[:128])
         work["exact Gauss-Newton spectra of all layers, batch 128"] = lambda: (
@@ -154,7 +156,6 @@ def measure(name: str, device: str, dtype: torch.dtype, tiny: bool) -> None:
         def first(build: Build = build) -> Callable[[], Any]:
             run = build()
             run()
-            run()
             return run
 
         try:
@@ -169,7 +170,7 @@ def measure(name: str, device: str, dtype: torch.dtype, tiny: bool) -> None:
         except RuntimeError:  # the counter's module hooks do not bear every use of autograd
             pass
     taken: dict[str, list[float]] = {label: [] for label in calls}
-    for _ in range(REPEATS):
+    for _ in range(3 if name == "resnet" else REPEATS):
         for label, run in calls.items():
             taken[label].append(seconds(run, device))
     g, limit = statistics.median(taken["gradient"]), matmul_rate(device, dtype)
@@ -196,6 +197,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for name in options.only:
         measure(name, options.device, getattr(torch, options.dtype), options.tiny)
+    if "mlp" not in options.only:
+        return
     whole, last = sweep(options.device, options.tiny)
     print(f"\nall input-to-layer Jacobians, 32 layers of 256: {whole / last:.2f} times the last one alone")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.spectra.probes import column_dots, require_finite, require_size, sphere
+from torch_rmt.spectra.probes import column_dots, require_finite, require_size, sphere, squared_lengths
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,14 @@ def _sphere_mean(
     Only the symmetric part of A matters: |A + A^T|_F^2 / 4 = (|A|_F^2 + tr A^2) / 2, and for A that is not
     symmetric tr A^2 comes from pairs of probes, E (v^T A u) (u^T A v) = tr A^2 / dim^2.
     """
-    quadratic = torch.cat([column_dots(vectors, products) for vectors, products in blocks])
-    squared = torch.cat([column_dots(products, products) for _, products in blocks])
+    lengths = [squared_lengths(products) for _, products in blocks]
+    squared = torch.cat([square for square, _ in lengths])
+    quadratic = torch.cat(
+        [
+            column_dots(vectors, products, tame=tame)
+            for (vectors, products), (_, tame) in zip(blocks, lengths, strict=True)
+        ]
+    )
     count = len(quadratic)
     mean, second = quadratic.mean(), squared.mean()
     if not symmetric and count > 1:
@@ -285,7 +291,7 @@ def _draw(operator: LinearOperator, count: int, generator: torch.Generator) -> F
 
 def _product(operator: LinearOperator, vectors: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
     images = operator.matmat(vectors).detach()
-    require_finite(column_dots(images, images), operator)
+    require_finite(squared_lengths(images)[0], operator)
     return images
 
 
