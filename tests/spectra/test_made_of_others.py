@@ -1,0 +1,113 @@
+"""Operators made of others against their matrices, counted products, closed standard errors, and refusals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from torch_rmt.operators.base import LinearOperator
+from torch_rmt.spectra import SLQ, DenseOperator, Spectrum, exact, golub_kahan
+from torch_rmt.spectra.exact import to_dense
+from torch_rmt.spectra.gram import Complement, Gram
+from torch_rmt.spectra.kpm import KPM
+
+
+class Counted(LinearOperator):
+    """A matrix that counts the vectors it is multiplied by."""
+
+    def __init__(self, matrix: Tensor, *, symmetric: bool) -> None:
+        self.matrix, self.symmetric, self.products = matrix, symmetric, 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.matrix.shape
+        return rows, columns
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    def matmat(self, V: Tensor) -> Tensor:
+        self.products += V.shape[1]
+        return self.matrix @ V
+
+    def adjoint(self) -> LinearOperator:
+        return self if self.symmetric else Counted(self.matrix.T, symmetric=False)
+
+
+def drawn(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5)])
+def test_gram_and_complement_are_their_matrices(shape: tuple[int, int]) -> None:
+    a = drawn(*shape, 0)
+    known = drawn(shape[1], 2, 1)
+    q = torch.linalg.qr(known).Q
+    outside = torch.eye(shape[1], dtype=a.dtype) - q @ q.T
+    gram, rest = Gram(DenseOperator(a)), Complement(DenseOperator(a), known)
+    assert gram.adjoint() is gram
+    assert rest.adjoint().adjoint() is rest
+    b = drawn(shape[1], shape[1], 2)
+    inner = Complement(DenseOperator(b + b.T, symmetric=True), known)
+    assert inner.adjoint() is inner
+    for operator, matrix in (
+        (gram, a.T @ a),
+        (rest, a @ outside),
+        (rest.adjoint(), outside @ a.T),
+        (inner, outside @ (b + b.T) @ outside),
+    ):
+        assert operator.shape == tuple(matrix.shape)
+        eye = torch.eye(matrix.shape[1], dtype=a.dtype)
+        torch.testing.assert_close(operator.matmat(eye), matrix, rtol=0, atol=1e-12)
+        torch.testing.assert_close(to_dense(operator), matrix, rtol=0, atol=1e-12)
+
+
+def test_products_are_counted_as_they_are_spent() -> None:
+    b = drawn(40, 40, 0)
+    for estimator in (KPM(probes=3, degree=10), SLQ(probes=3, depth=10)):
+        operator = Counted(b + b.T, symmetric=True)
+        assert estimator(operator, torch.Generator().manual_seed(0)).matvecs == operator.products
+    operator = Counted(b + b.T, symmetric=True)
+    assert exact(operator).matvecs == operator.products == 40
+
+
+def test_refusals() -> None:
+    for settings in ({"probes": 0}, {"degree": 1}):
+        with pytest.raises(ValueError, match="KPM needs"):
+            KPM(**settings)
+    big = torch.zeros(1).expand(17_000, 17_000)
+    with pytest.raises(ValueError, match=r"would take 2\.2 GiB"):
+        to_dense(Counted(big, symmetric=False))
+    with pytest.raises(ValueError, match="not finite"):
+        golub_kahan(DenseOperator(torch.full((3, 3), torch.nan)), torch.ones(3, 1), 2, reorthogonalise=True)
+    with pytest.raises(ValueError, match="start vector"):
+        golub_kahan(DenseOperator(torch.eye(3)), torch.tensor([[1.0, 0.0]] * 3), 2, reorthogonalise=False)
+    with pytest.raises(ValueError, match="KPM needs a symmetric"):
+        KPM()(DenseOperator(torch.eye(3)), torch.Generator())
+
+
+@pytest.mark.parametrize(("probes", "dim"), [(1, 10), (5, 300)])
+def test_standard_errors_where_they_are_closed(probes: int, dim: int) -> None:
+    # two eigenvalues of equal mass: the quadrature is exact, its variance is known without noise
+    nodes = np.tile([-1.0, 3.0], (probes, 1))
+    spectrum = Spectrum(nodes, np.full((probes, 2), 0.5), dim, 2 * probes, "slq", seed=0)
+    value, error = spectrum.moment(1)
+    variance = 4.0 * 2 / ((dim + 2) * probes)
+    assert value == 1.0
+    assert error == pytest.approx(math.sqrt(variance), rel=1e-6)
+    assert spectrum.trace() == pytest.approx((dim * value, dim * error))
+    assert float(spectrum.cdf_standard_error(0.0)) == pytest.approx(math.sqrt(0.5 / ((dim + 2) * probes)))
+    assert spectrum.reach == pytest.approx(4.0 / (2 * 2))
+    # one weight over sqrt(12) between two nodes, nothing outside; a node that is taken for zero costs nothing
+    assert spectrum.cdf_resolution([-2.0, 0.0, 4.0]) == pytest.approx([0.0, 0.5 / math.sqrt(12), 0.0])
+    assert spectrum.cdf_resolution([0.0], zero=1.5) == pytest.approx([0.25 / math.sqrt(12)])
+    assert spectrum.cdf_resolution([0.0], zero=0.5) == pytest.approx([0.5 / math.sqrt(12)])
