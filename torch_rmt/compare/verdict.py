@@ -87,21 +87,29 @@ def agreement_in_words(
 def gradients_in_words(facts: Mapping[str, float]) -> str:
     """Say what chi means for this depth; "" where `facts` has no chi or all is well.
 
-    Reads "chi", the factor that the squared gradient takes in one layer, and "depth", the number of layers.
+    Reads "chi", the factor that the squared gradient takes in one layer, "depth", the number of layers, and "blocks",
+    how many of them are residual blocks: their scale is that of the branch, and not one weight's.
     """
     chi, depth = facts.get("chi", math.nan), facts.get("depth", math.nan)
     if not (math.isfinite(chi) and math.isfinite(depth) and chi > 0 and depth >= 1):
         return ""
     total = float(np.exp(np.clip(0.5 * depth * math.log(chi), -690, 690)))
+    blocks = facts.get("blocks", 0.0)
+    over = f"over {depth:.0f} {'blocks' if blocks == depth else 'layers and blocks' if blocks else 'layers'}."
     if 1 / _BAND < total < _BAND:
-        return f" Critical: chi is {chi:.4g}, gradients change {_times(total)} over {depth:.0f} layers."
+        return f" Critical: chi is {chi:.4g}, gradients change {_times(total)} {over}"
+    if total > 1 and blocks:
+        return (
+            f" Chaotic: chi is {chi:.4g}, gradients grow {_times(total)} {over} Scale the branches down: the weight of "
+            "the norm that ends each, or critical_init_(model, batch) where none does."
+        )
     if total > 1:
         return (
-            f" Chaotic: chi is {chi:.4g}, gradients grow {_times(total)} over {depth:.0f} layers. "
+            f" Chaotic: chi is {chi:.4g}, gradients grow {_times(total)} {over} "
             f"Lower sigma_w by {1 - chi**-0.5:.1%}, or call critical_init_(model, batch)."
         )
     return (
-        f" Ordered: chi is {chi:.4g}, gradients shrink {_times(1 / total)} over {depth:.0f} layers. "
+        f" Ordered: chi is {chi:.4g}, gradients shrink {_times(1 / total)} {over} "
         f"Raise sigma_w by {chi**-0.5 - 1:.1%}, or call critical_init_(model, batch)."
     )
 

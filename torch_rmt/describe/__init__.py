@@ -15,6 +15,7 @@ from torch_rmt.describe.layers import layer_of as layer_of
 from torch_rmt.describe.links import Block as Block
 from torch_rmt.describe.links import Link as Link
 from torch_rmt.describe.links import read_links as read_links
+from torch_rmt.describe.links import start_of as start_of
 from torch_rmt.describe.links import step_of as step_of
 from torch_rmt.describe.parts import SlopePart as SlopePart
 from torch_rmt.describe.parts import WeightPart as WeightPart
@@ -27,4 +28,5 @@ from torch_rmt.describe.stretch import stretch_to as stretch_to
 from torch_rmt.describe.stretch import walk_back as walk_back
 from torch_rmt.describe.trunk import default_ends as default_ends
 from torch_rmt.describe.trunk import ends_of as ends_of
+from torch_rmt.describe.trunk import in_a_branch as in_a_branch
 from torch_rmt.describe.trunk import read_trunk as read_trunk

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from torch_rmt.describe.elements import elements_of
+from torch_rmt.describe.elements import Join, elements_of
 from torch_rmt.describe.forward_graph import ForwardGraph, WeightUse, record
 from torch_rmt.describe.links import Block, activation_of, names_of, step_of
-from torch_rmt.describe.stretch import Stretch, stretch_to
+from torch_rmt.describe.stretch import Stretch, stretch_to, walk_back
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,16 @@ def ends_of(graph: ForwardGraph) -> tuple[str | None, str | None]:
     if best["any"][0] > 1 and not whole:
         return names[best["any"][1]], names[best["any"][2]]
     return _first_real(graph, named), None
+
+
+def in_a_branch(graph: ForwardGraph, number: int) -> bool:
+    """Whether a tensor lies inside of a branch, understood or not: another way leads past it to a later sum."""
+    for join in elements_of(graph).values():
+        if isinstance(join, Join) and 0 <= join.entry < number < join.output:
+            between = (walk_back(graph, side, {join.entry, *graph.inputs})[0] for side in join.sides)
+            if any(call.output == number for calls in between for call in calls):
+                return True
+    return False
 
 
 def _followed(places: dict[int, Place], place: Place) -> Iterator[int]:

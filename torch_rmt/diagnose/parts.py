@@ -41,7 +41,7 @@ def freeness_report(
         size = independent_size_of(one.graph, one.model, one.source, one.target)
         return freeness_gap(parts, whole, kind="product", name=name, size=size)
     except (ValueError, ArithmeticError) as error:
-        return compare(whole, None, name=name, reason=str(error))
+        return compare(whole, None, name=name, reason=str(error).rstrip("."))
 
 
 def _spectrum(part: WeightPart | SlopePart, seed: int) -> Spectrum:

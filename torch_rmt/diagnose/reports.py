@@ -10,12 +10,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torch_rmt.compare import Report, compare, freeness_gap
-from torch_rmt.describe import architecture_between, independent_size_of
+from torch_rmt.describe import architecture_between, in_a_branch, independent_size_of, start_of
 from torch_rmt.diagnose.measuring import measure, one_sample
 from torch_rmt.diagnose.wide import beside_a_wide_network, wide_scale
 from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
-from torch_rmt.theory import Residual, jacobian_spectrum
+from torch_rmt.theory import Layer, Residual, jacobian_spectrum
 
 
 def jacobian_report(
@@ -32,7 +32,8 @@ def jacobian_report(
     With neither end given, over the longest run of equally wide hidden layers and residual blocks. Batch norm in
     training mode is held at the statistics of the whole batch, for measurement and law alike: the Jacobian is that of
     the map of one sample, whatever it does to the statistics left out. In evaluation mode the running statistics are
-    used, as the network does. "chi" is the mean squared singular value a layer, a block counted as one.
+    used, as the network does. "chi" is the mean squared singular value a layer, a block counted as one;
+    left out inside of a branch, which gradients pass by.
 
     Raises:
         ValueError: a name is wrong, or a batch norm in training mode has no batch to speak of or is called twice.
@@ -42,16 +43,17 @@ def jacobian_report(
     facts: dict[str, float] = {}
     try:
         architecture = architecture_between(one.graph, one.model, one.source, one.target)
-        facts["depth"] = depth = float(
-            sum(isinstance(layer, Residual) or isinstance(layer.ensemble, str) for layer in architecture.layers)
-        )
+        blocks = float(sum(isinstance(layer, Residual) for layer in architecture.layers))
+        depth = blocks + sum(isinstance(x, Layer) and isinstance(x.ensemble, str) for x in architecture.layers)
         mean = spectrum.moment(1)[0]
-        if mean > 0:
+        # Gradients take the other way past a branch: what it does to them is no advice.
+        if mean > 0 and not in_a_branch(one.graph, start_of(one.graph, one.model, one.source)):
+            facts |= {"depth": depth} | ({"blocks": blocks} if blocks else {})
             facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
         size = independent_size_of(one.graph, one.model, one.source, one.target)
         return compare(spectrum, jacobian_spectrum(architecture), name=name, facts=facts, size=size)
     except (ValueError, ArithmeticError) as error:
-        return compare(spectrum, None, name=name, facts=facts, reason=str(error))
+        return compare(spectrum, None, name=name, facts=facts, reason=str(error).rstrip("."))
 
 
 def hessian_report(
