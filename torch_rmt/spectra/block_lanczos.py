@@ -57,28 +57,33 @@ def block_lanczos(operator: LinearOperator, start: Float[Tensor, "dim width"], s
     steps = min(steps, dim // width)
     basis = torch.zeros(steps * width, dim, device=operator.device, dtype=operator.dtype)
     passes = 2 if basis.numel() <= _ENTRIES_FOR_TWO_PASSES else 1
-    q, first_factor = _qr(start.to(operator.dtype))
+    # Vectors are rows, each in one piece of memory: with columns every sum would stride through it.
+    q, first_factor = _orthonormal(start.to(operator.dtype).T)
     # Noise just above rounding, turned at every step: where the space closes it alone remains, and what follows is
     # random and orthogonal, where rounding errors may lie in the space itself.
-    noise = start.to(operator.dtype) * (30.0 * torch.finfo(operator.dtype).eps)
+    noise = start.to(operator.dtype).T * (30.0 * torch.finfo(operator.dtype).eps)
     diagonals: list[Tensor] = []
     couplings: list[Tensor] = []
     for first in range(0, steps * width, width):
         last = first + width
-        basis[first:last] = q.T
-        w = operator.matmat(q).detach()
+        basis[first:last] = q
+        w = operator.matmat(q.T).detach()
         if first == 0:
             scale = column_norms(w).max()
             noise = noise * torch.where(scale > 0, scale, torch.finfo(noise.dtype).tiny ** 0.5).to(noise.dtype)
         near = basis[max(0, first - width) : last]
         local = near @ w
-        q, factor = _qr(w - near.T @ local + noise.roll(last, dims=0))
+        rest_of_w = torch.addmm(w.T, local.T, near, alpha=-1)
+        turn = last % dim
+        rest_of_w[:, turn:] += noise[:, : dim - turn]
+        rest_of_w[:, :turn] += noise[:, dim - turn :]
+        q, factor = _orthonormal(rest_of_w)
         # What A couples the newest block to is out. Rounding along the older ones is next to nothing, save in columns
         # that QR blew up because the space closes: hence the pass over the whole basis comes after it.
         known = basis[:last]
         for _ in range(passes):
-            rest = known @ q
-            q, again = _qr(q - known.T @ rest)
+            rest = known @ q.T
+            q, again = _orthonormal(q.addmm_(rest.T, known, alpha=-1))
             local = local + (rest @ factor)[last - len(near) :]
             factor = again @ factor
         diagonals.append(local[-width:].double())
@@ -121,8 +126,11 @@ def block_gauss_rule(
     return nodes, weights / weights.sum(axis=1, keepdims=True)
 
 
-def _qr(block: Float[Tensor, "dim width"]) -> tuple[Float[Tensor, "dim width"], Float[Tensor, "width width"]]:
-    """QR with a non-negative diagonal of R, so that the couplings tend to a multiple of the identity."""
-    q, r = torch.linalg.qr(block)
-    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)
-    return q * signs, r * signs[:, None]
+def _orthonormal(rows: Float[Tensor, "width dim"]) -> tuple[Float[Tensor, "width dim"], Float[Tensor, "width width"]]:
+    """Orthonormal rows q and triangular r, rows^T = q^T r, by QR with a non-negative diagonal of r.
+
+    So the couplings tend to a multiple of the identity.
+    """
+    q, r = torch.linalg.qr(rows.T)
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype)[:, None]
+    return q.T * signs, r * signs
