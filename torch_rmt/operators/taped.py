@@ -38,7 +38,8 @@ def taped(one: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
 def _recorded(one: Callable[[Tensors], Tensors], vectors: Tensors) -> Callable[[Tensors], Tensors]:
     try:
         program, walked = record(one, vectors)
-        play = player(simplified(program))
+        program = simplified(program)  # lets constants go that were merged
+        play = player(program)
         played = play(vectors)
     except (RuntimeError, NotImplementedError, TypeError) as problem:
         if is_out_of_memory(problem):
