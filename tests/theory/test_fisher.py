@@ -21,7 +21,10 @@ from torch_rmt.theory import (
     fisher_spectrum,
     linear_fisher_density,
 )
+from torch_rmt.theory.deep_fisher import scale_and_shift
 from torch_rmt.theory.deep_fisher_edges import discrete_slopes
+from torch_rmt.theory.far_slopes import FarNodeLaw, far_slope_law
+from torch_rmt.theory.slope_law import slope_law
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "linear"])
@@ -214,3 +217,73 @@ def test_bad_input() -> None:
         deep_fisher_spectrum("relu_squared", depth=9, width=10, sigma_w=1.4)
     with pytest.raises(ValueError, match="correlation"):
         deep_fisher_statistics("tanh", widths=(5, 5), n_samples=3, sigma_w=1.0, input_correlation=2.0)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "sin", "elu"])
+def test_far_from_the_slopes_few_nodes_are_exact(activation: str) -> None:
+    """The Gauss rules against all nodes of the path, and against each other where one hands over to the next."""
+    phi = as_activation(activation)
+    law, full = far_slope_law(phi, 1.3, order=20), slope_law(phi, 1.3, order=20)
+    assert isinstance(law, FarNodeLaw)
+    top = max(high for _, high in law.ranges)
+    angle = np.pi * (np.arange(40) + 0.5) / 40
+    w = np.concatenate([0.5 * top + r * top * np.exp(1j * angle) for r in (0.505, 0.6, 0.8, 1.4, 3.0, 1e3)])
+    assert len(np.unique(law._sizes(w))) == 4
+    for mine, all_nodes in zip(law.transform(w), full.transform(w), strict=True):
+        np.testing.assert_allclose(mine, all_nodes, rtol=1e-8)
+    np.testing.assert_allclose(law.mean_log(w), full.mean_log(w), atol=1e-9)
+
+
+def total_mass(law: DeepFisherLaw) -> float:
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    total = sum(mass for _, mass in law.atoms())
+    for low, high in law.support():
+        angle = 0.5 * np.pi * (nodes + 1.0)
+        x = 0.5 * (low + high) - 0.5 * (high - low) * np.cos(angle)
+        total += float(law.density(x) @ (0.25 * np.pi * (high - low) * np.sin(angle) * weights))
+    return total
+
+
+@pytest.mark.parametrize("ensemble", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize(
+    ("activation", "sigma_w", "depth"),
+    [("relu", 2.0**0.5, 8), ("relu", 1.4, 10), ("hard_tanh", 1.4, 8), ("relu6", 2.0, 6), ("leaky_relu", 1.4, 5)],
+)
+def test_deep_laws_of_few_slopes_have_mass_one(activation: str, sigma_w: float, depth: int, ensemble: str) -> None:
+    """Beyond the turn that is the lower edge poles crowd; small slopes make narrow bands just above the shift."""
+    law = deep_fisher_spectrum(activation, depth=depth, width=300, sigma_w=sigma_w, ensemble=ensemble).measure
+    assert isinstance(law, DeepFisherLaw)
+    assert total_mass(law) == pytest.approx(1.0, abs=3e-3)
+    (low, high), *_ = law.support()
+    assert law.steps[-1].shift <= low < high
+    assert len(law.support()) == (2 if activation == "leaky_relu" else 1)
+    levels = np.linspace(0.013, 0.987, 41)
+    places = law.quantile(levels)
+    loose = np.all([np.abs(places - at) > 1e-9 * high for at, _ in law.atoms()] or [np.full(41, True)], axis=0)
+    np.testing.assert_allclose(law.cdf(places[loose]), levels[loose], atol=1e-9)
+
+
+def test_deep_relu_reaches_down_to_where_drawn_networks_do() -> None:
+    law = deep_fisher_spectrum("relu", depth=8, width=400, sigma_w=2.0**0.5).measure
+    lows = []
+    for seed in range(3):
+        values, seconds, _ = deep_theta("relu", 8, 400, 2.0**0.5, "gaussian", torch.Generator().manual_seed(seed))
+        lows.append(values[values > seconds[-1] * (1.0 + 1e-6)][0] / seconds[-1])
+    (low, _), *_ = law.support()
+    assert np.mean(lows) == pytest.approx(low / law.steps[-1].shift, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("activation", "sigma_w", "ensemble"),
+    [("gelu", 1.4, "gaussian"), ("tanh", 1.3, "gaussian"), ("gelu", 1.6, "orthogonal"), ("tanh", 1.5, "orthogonal")],
+)
+def test_scatter_of_the_mean_eigenvalue_and_of_the_lower_end(activation: str, sigma_w: float, ensemble: str) -> None:
+    """Drawn networks; without the response of q, which each layer hands on to the next, both would be halved."""
+    means, ends = [], []
+    for seed in range(200):
+        values, seconds, _ = deep_theta(activation, 5, 64, sigma_w, ensemble, torch.Generator().manual_seed(seed))
+        means.append(np.log(values.mean()))
+        ends.append(seconds[-1])
+    stated = scale_and_shift(as_activation(activation), 5, 64, sigma_w**2, 0.0, 1.0, ensemble == "orthogonal")
+    assert np.std(means) == pytest.approx(stated[0], rel=0.25)
+    assert np.std(ends) == pytest.approx(stated[1], rel=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch_rmt.measures.base import Interval, SpectralMeasure
 from torch_rmt.measures.half_plane import fold, unfold
 
 Unknowns = Complex[np.ndarray, "unknowns points"]
+Reals = Float[np.ndarray, " points"]
 _FACTOR = 0.12  # of height, each step of the descent; found by tuning, failures halve it in logarithm
+_NEAR = 0.3  # angle above a band from which one step leads onto it, to begin with; failures take a tenth
 _NEWTON = 9
 _TABLE = 65  # angles per band; the starts between them are linear
 
@@ -29,10 +32,8 @@ class NewtonLaw(SpectralMeasure):
     """
 
     @abstractmethod
-    def _equations(
-        self, y: Unknowns, z: Complex[np.ndarray, " points"]
-    ) -> tuple[Unknowns, Complex[np.ndarray, "unknowns unknowns points"]]:
-        """F and its Jacobian."""
+    def _step(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> tuple[Unknowns, Unknowns]:
+        """Newton step, to be subtracted, and the tangent dy/dz."""
 
     @abstractmethod
     def _far(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
@@ -54,80 +55,107 @@ class NewtonLaw(SpectralMeasure):
     def _scale(self) -> float:
         """A length of the order of the largest eigenvalue."""
 
-    def _step(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> tuple[Unknowns, Unknowns]:
-        """Newton step, and the tangent dy/dz."""
-        value, slope = self._equations(y, z)
-        right = np.zeros((y.shape[1], y.shape[0], 2), dtype=complex)
-        right[:, :, 0] = value.T
-        right[:, -1, 1] = 1.0
-        with np.errstate(all="ignore"):
-            solved = _solve(slope.transpose(2, 0, 1), right)
-        return solved[:, :, 0].T, solved[:, :, 1].T
-
-    def _newton(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> tuple[Unknowns, np.ndarray]:
-        """Polish; return the unknowns and which points came to rest in their half-planes."""
-        y = y.copy()
+    def _newton(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> tuple[Unknowns, np.ndarray, Unknowns]:
+        """Polish; return the unknowns, which points came to rest in their half-planes, and the tangents dy/dz."""
+        y, tangents = y.copy(), np.empty_like(y)
         active = np.arange(len(z))
         rest = np.zeros(len(z), dtype=bool)
-        before = np.full(len(z), np.inf)
+        before = np.full(len(z), np.nan)
         for _ in range(_NEWTON):
-            move, _ = self._step(y[:, active], z[active])
+            move, tangents[:, active] = self._step(y[:, active], z[active])
             with np.errstate(all="ignore"):
                 y[:, active] -= move
                 size = (np.abs(move) / np.abs(y[:, active])).max(axis=0)
-            # Newton's steps square: small ones that shrink no further are rounding, as in a narrow gap
-            small = (size <= 1e-11) | ((size <= 1e-8) & (size >= 0.1 * before[active]))
+                ratio = size / before[active]
+            # Newton's steps square, so that the next can be foretold; small ones that shrink no further are rounding,
+            # as in a narrow gap
+            small = (size <= 1e-11) | (size * ratio**2 <= 1e-13) | ((size <= 1e-8) & (ratio >= 0.1))
             before[active] = size
             rest[active[small]] = True
             active = active[~small & np.isfinite(move).all(axis=0)]
             if not active.size:
                 break
         with np.errstate(all="ignore"):
-            return y, rest & self._admissible(y)
+            return y, rest & self._admissible(y), tangents
 
     def _descend(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
         """Follow vertical lines down to z."""
         top = 6.0 * self._scale() + np.abs(z)
-        here = z.real + 1j * np.maximum(z.imag, top)
-        y, good = self._newton(self._far(here), here)
+        high = z.real + 1j * np.maximum(z.imag, top)
+        y, good, tangents = self._newton(self._far(high), high)
         if not good.all():
-            raise RuntimeError(f"no solution far above the axis at z = {here[~good][:3]}; the equations are at fault")
-        ratio = np.full(len(z), _FACTOR)
-        floor = 1e-9 * self._scale()
+            raise RuntimeError(f"no solution far above the axis at z = {high[~good][:3]}; the equations are at fault")
+
+        def path(height: Reals, where: np.ndarray) -> Complex[np.ndarray, " points"]:
+            return np.asarray(z[where] + 1j * height)
+
+        least = 1e-9 * self._scale()
+        return self._follow(path, high.imag - z.imag, np.maximum(least, z.imag), least, y, tangents)
+
+    def _onto(self, band: Interval, angle: Reals) -> Unknowns:
+        """Solution on a band, low + width (1 - cos(angle))/2, in along confocal ellipses around it.
+
+        In the angle continued to angle + i height the solution has no square roots at the ends, and steps are few.
+        """
+        middle, half = 0.5 * (band[0] + band[1]), 0.5 * (band[1] - band[0])
+
+        def path(height: Reals, where: np.ndarray) -> Complex[np.ndarray, " points"]:
+            turn = angle[where]
+            return np.asarray(middle - half * (np.cos(turn) * np.cosh(height) - 1j * np.sin(turn) * np.sinh(height)))
+
+        bounds = self.bounds()
+        height = np.full(len(angle), np.log(8.0 * max(abs(bounds[0]), abs(bounds[1])) / half))
+        high = path(height, np.arange(len(angle)))
+        y, good, tangents = self._newton(self._far(high), high)
+        if not good.all():
+            return self._descend(path(np.zeros(len(angle)), np.arange(len(angle))))
+        return self._follow(path, height, np.full(len(angle), _NEAR), 1e-9, y, tangents)
+
+    def _follow(
+        self,
+        path: Callable[[Reals, np.ndarray], Complex[np.ndarray, " points"]],
+        height: Reals,
+        floor: Reals,
+        least: float,
+        y: Unknowns,
+        tangents: Unknowns,
+    ) -> Unknowns:
+        """From a solution at `height` along a path down to height zero, which is reached in one step from `floor`."""
+        every = np.arange(len(height))
+        here = path(height, every)
+        ratio, floor = np.full(len(height), _FACTOR), floor.copy()
         # 400 steps: from the top down to 1e-9 at a tenth of the usual logarithmic pace
         for _ in range(400):
-            todo = np.flatnonzero(here.imag > z.imag)
+            todo = np.flatnonzero(height > 0.0)
             if not todo.size:
                 break
-            height = here[todo].imag * ratio[todo]
-            height = np.where(height <= np.maximum(floor, z[todo].imag), z[todo].imag, height)
-            next_z = z[todo].real + 1j * height
-            _, tangent = self._step(y[:, todo], here[todo])
-            start = y[:, todo] + tangent * (next_z - here[todo])
+            aim = height[todo] * ratio[todo]
+            last = aim <= floor[todo]
+            aim[last] = 0.0
+            next_z = path(aim, todo)
+            start = y[:, todo] + tangents[:, todo] * (next_z - here[todo])
             start = np.where(np.isfinite(start) & self._admissible(start)[None, :], start, y[:, todo])
-            found, good = self._newton(start, next_z)
+            found, good, slopes = self._newton(start, next_z)
             # The last step, onto the axis near an edge, converges slowly: there the value above the axis serves.
-            stuck = ~good & (here[todo].imag <= 4.0 * floor)
+            stuck = ~good & last & (height[todo] <= 4.0 * least)
             found[:, stuck] = y[:, todo[stuck]]
             good |= stuck
-            y[:, todo[good]] = found[:, good]
-            here[todo[good]] = next_z[good]
+            y[:, todo[good]], tangents[:, todo[good]] = found[:, good], slopes[:, good]
+            here[todo[good]], height[todo[good]] = next_z[good], aim[good]
+            floor[todo] = np.where(~good & last, np.maximum(0.1 * floor[todo], least), floor[todo])
             ratio[todo] = np.where(good, np.maximum(ratio[todo] ** 1.5, _FACTOR), np.sqrt(ratio[todo]))
         return y
 
     @cached_property
-    def _table(self) -> tuple[tuple[Interval, Float[np.ndarray, " angles"], Unknowns], ...]:
+    def _table(self) -> tuple[tuple[Interval, Reals, Unknowns], ...]:
         angle = np.pi * (np.arange(_TABLE) + 0.5) / _TABLE
-        bands = self.support()
-        x = np.concatenate([0.5 * (a + b) - 0.5 * (b - a) * np.cos(angle) for a, b in bands] or [np.zeros(0)])
-        y = self._descend(x.astype(complex)) if x.size else np.zeros((0, 0), dtype=complex)
-        return tuple((band, angle, y[:, k * _TABLE : (k + 1) * _TABLE]) for k, band in enumerate(bands))
+        return tuple((band, angle, self._onto(band, angle)) for band in self.support())
 
     def _unknowns(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
         """Physical solution at points of the closed upper half-plane; the last one is kept, for density, then cdf."""
-        kept = self._kept.get("last")
-        if kept is not None and np.array_equal(kept[0], z):
-            return kept[1]
+        for points, y in self._kept.values():
+            if np.array_equal(points, z):
+                return y
         y = self._solved(z)
         self._kept["last"] = (z.copy(), y)
         return y
@@ -150,7 +178,7 @@ class NewtonLaw(SpectralMeasure):
                 start = np.stack(
                     [np.interp(at, angles, row.real) + 1j * np.interp(at, angles, row.imag) for row in table]
                 )
-                found, good = self._newton(start, z[here])
+                found, good, _ = self._newton(start, z[here])
                 parts.append((here[good], found[:, good]))
                 pending[here[good]] = False
         rest = np.flatnonzero(pending)
@@ -201,6 +229,10 @@ class NewtonLaw(SpectralMeasure):
             value[inside] = np.clip(1.0 - self.log_potential(points[inside]).imag / np.pi, 0.0, 1.0)
         return np.asarray(np.minimum(value, 1.0))
 
+    def _gap_points(self) -> Reals:
+        """A point in each gap between bands."""
+        return np.array([0.5 * (a[1] + b[0]) for a, b in itertools.pairwise(self.support())])
+
     @cached_property
     def _band_masses(self) -> tuple[float, ...]:
         """Mass of each band: what is left at its right end less what was there at its left, atoms apart."""
@@ -209,11 +241,30 @@ class NewtonLaw(SpectralMeasure):
             return ()
         if len(bands) == 1:
             return (1.0 - sum(mass for _, mass in self.atoms()),)
-        middles = np.array([0.5 * (a[1] + b[0]) for a, b in itertools.pairwise(bands)])
+        middles = self._gap_points()
         atoms = np.array([[m * (location <= x) for location, m in self.atoms()] for x in middles]).sum(axis=1)
         levels = 1.0 - self.log_potential(middles).imag / np.pi - atoms
         total = 1.0 - sum(mass for _, mass in self.atoms())
         return tuple(np.diff(np.concatenate([[0.0], levels, [total]])).tolist())
+
+
+class SystemLaw(NewtonLaw):
+    """A `NewtonLaw` that gives its equations and their Jacobian, and leaves the linear algebra to this class."""
+
+    @abstractmethod
+    def _equations(
+        self, y: Unknowns, z: Complex[np.ndarray, " points"]
+    ) -> tuple[Unknowns, Complex[np.ndarray, "unknowns unknowns points"]]:
+        """F and its Jacobian."""
+
+    def _step(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> tuple[Unknowns, Unknowns]:
+        value, slope = self._equations(y, z)
+        right = np.zeros((y.shape[1], y.shape[0], 2), dtype=complex)
+        right[:, :, 0] = value.T
+        right[:, -1, 1] = 1.0
+        with np.errstate(all="ignore"):
+            solved = _solve(slope.transpose(2, 0, 1), right)
+        return solved[:, :, 0].T, solved[:, :, 1].T
 
 
 def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Complex
 from scipy.optimize import brentq
 
 from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
-from torch_rmt.theory.axis_newton import NewtonLaw, Unknowns
+from torch_rmt.theory.axis_newton import SystemLaw, Unknowns
 from torch_rmt.theory.rational_curve import log_from_above, log_from_below
 
 
@@ -29,7 +29,7 @@ class KernelLayer:
 
 
 @dataclass(frozen=True)
-class LayeredKernelLaw(NewtonLaw):
+class LayeredKernelLaw(SystemLaw):
     """Law of shift I + sum over l = 0..L of weights[l] K_l, K_0 of law `input_law`, K_l as `KernelLayer` says.
 
     Layer by layer from the top, X_l is replaced by its covariance: with c_l the coefficient that K_l has by then,

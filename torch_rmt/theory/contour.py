@@ -18,15 +18,18 @@ _RISE = 0.4
 _FARTHEST = 0.6
 
 
-def contour(activation: Activation, q: float, *, order: int) -> tuple[Float[np.ndarray, " nodes"], Nodes, Nodes] | None:
+def contour(
+    activation: Activation, q: float, *, order: int, turns: list[float] | None = None
+) -> tuple[Float[np.ndarray, " nodes"], Nodes, Nodes] | None:
     """(Re h, s, weights) along the path, or None if the derivative is not analytic on complex arrays.
 
-    Im s <= 0 along the path, so that E[s / (w - s)] needs no care for Im w >= 0, on the axis included.
+    `turns` are the `corners`, where they are known. Im s <= 0 along the path, so that E[s / (w - s)] needs no care for
+    Im w >= 0, on the axis included.
     """
     deviation = float(np.sqrt(q))
     # exp(t^2 / 2q) is what the weights cancel: half a deviation costs nothing.
     highest = min(_FARTHEST, 0.7 * deviation)
-    turns = corners(activation, deviation)
+    turns = corners(activation, deviation) if turns is None else turns
     for height in (highest, highest / 3):
         path = _along(activation, q, turns, height, order)
         if path is not None:
@@ -34,7 +37,7 @@ def contour(activation: Activation, q: float, *, order: int) -> tuple[Float[np.n
     return None
 
 
-def _slope_square(activation: Activation, h: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def _slope_square(activation: Activation, h: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     return np.asarray(activation.derivative(h), dtype=np.float64) ** 2
 
 
@@ -45,7 +48,7 @@ def corners(activation: Activation, deviation: float) -> list[float]:
     grid = grid[np.abs(grid) > 1e-12 * deviation]
     step = 1e-5 * min(1.0, deviation)
 
-    def rising(h: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    def rising(h: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
         return np.asarray(_slope_square(activation, h + step) - _slope_square(activation, h - step))
 
     slope = rising(grid)
@@ -56,10 +59,11 @@ def corners(activation: Activation, deviation: float) -> list[float]:
         sign[i] = sign[i] if sign[i] else sign[i - 1]
     turns = np.flatnonzero(sign[:-1] * sign[1:] < 0)
     low, high = grid[turns], grid[turns + 1]
-    for _ in range(40):
-        middle = (low + high) / 2
-        before = np.sign(rising(middle)) == sign[turns]
-        low, high = np.where(before, middle, low), np.where(before, high, middle)
+    inside = np.arange(1, 17)[:, None] / 17
+    for _ in range(9):
+        middle = low + (high - low) * inside
+        before = (np.sign(rising(middle)) == sign[turns]).cumprod(axis=0).sum(axis=0)
+        low, high = low + (high - low) * before / 17, low + (high - low) * (before + 1) / 17
     extrema = [float(c) if abs(c) > 1e-9 * deviation else 0.0 for c in (low + high) / 2]
     kinks = [k for k in activation.kinks if abs(k) < reach]
     return sorted(kinks + [c for c in extrema if all(abs(c - k) > 4 * step for k in kinks)])

@@ -11,11 +11,11 @@ import numpy as np
 
 from torch_rmt.theory.activation import Activation, as_activation
 from torch_rmt.theory.deep_fisher_law import DeepFisherLaw, FisherStep
-from torch_rmt.theory.expected_error import rigid_error, scale_error, shift_error
+from torch_rmt.theory.expected_error import rigid_error, scale_or_shift_error
+from torch_rmt.theory.far_slopes import far_slope_law
 from torch_rmt.theory.gaussian import gaussian_expectation, gaussian_rule
 from torch_rmt.theory.prediction import Prediction
 from torch_rmt.theory.sizes import checked_widths, whole_number
-from torch_rmt.theory.slope_law import slope_law
 
 _LARGEST = 1e30  # mean square of pre-activations, beyond which products of layers leave double precision
 
@@ -67,7 +67,7 @@ def deep_fisher_spectrum(
             FisherStep(
                 shift=second + bias,
                 gain=sigma_w**2,
-                slopes=slope_law(phi, q, order=8),
+                slopes=far_slope_law(phi, q, order=8),
                 gaussian=ensemble == "gaussian",
             )
         )
@@ -97,7 +97,15 @@ def _expected_error(
     second: float,
     orthogonal: bool,
 ) -> float:
-    """Rigid eigenvalues, and what one network's own lengths and slopes do: scale the law, and move its lower end.
+    """Rigid eigenvalues, and what one network's own lengths and slopes do: scale the law, and move its lower end."""
+    scale, last = scale_and_shift(phi, depth, width, gain, bias, second, orthogonal)
+    return float(min(1.0, np.hypot(rigid_error(width), scale_or_shift_error(law, scale, last))))
+
+
+def scale_and_shift(
+    phi: Activation, depth: int, width: int, gain: float, bias: float, second: float, orthogonal: bool
+) -> tuple[float, float]:
+    """Standard deviations over drawn networks of the log of the mean eigenvalue, and of the last |x|^2/n.
 
     To first order in 1/width. The mean eigenvalue is a sum over layers of |x_l|^2/n times the later mean slopes; what
     n units add to phi^2 and phi'^2 of layer k moves the terms from k on, and those below k. The lower end is the last
@@ -131,8 +139,7 @@ def _expected_error(
 
     scale = spread((terms / (terms.sum() * np.array(seconds))).tolist(), below.tolist())
     last = spread([0.0] * (depth - 1) + [1.0], [0.0] * depth)
-    moved = max(scale_error(law, scale), shift_error(law, last))
-    return float(min(1.0, np.hypot(rigid_error(width), moved)))
+    return scale, last
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from torch_rmt.theory.slope_law import NodeLaw
 Reals = Float[np.ndarray, " points"]
 
 _SPAN = 28.0  # log distance from the support of D^2 at which a sweep ends: rounding
-_POINTS = 41  # a sweep; three sweeps, each within the two intervals beside the turn, leave 1e-4 of log distance
+_POINTS = 41  # of a finer sweep
+_PART = 128  # points of the first sweep at a time
+_AGREE = 1e-10  # of parabolas through neighbours and through next neighbours: the finer is good to a sixteenth
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,21 @@ def real_inverse(law: NodeLaw, u: Reals) -> Reals:
         outside, gap = u > 0.0, u < -p
         w = np.where(outside, np.maximum(w, top * (1.0 + 1e-9)), w)
         w = np.where(gap, np.clip(w, 0.0, bottom * (1.0 - 1e-9)), w)
+        active = np.arange(len(w))
         for _ in range(14):
-            value, _, slope = _real_transform(law, w)
-            new = w + (1.0 / value - 1.0 / u) * value**2 / slope
-            new = np.where(outside, np.maximum(new, top + 0.1 * (w - top)), new)
-            new = np.where(gap, np.clip(new, 0.1 * w, bottom - 0.1 * (bottom - w)), new)
-            new = np.where(~outside & ~gap, np.minimum(new, 0.1 * w), new)
-            done = np.abs(new - w) <= 1e-14 * np.abs(w)
-            w = np.where(np.isfinite(new), new, w)
-            if done.all():
+            here, aim = w[active], u[active]
+            value, _, slope = _real_transform(law, here)
+            new = here + (1.0 / value - 1.0 / aim) * value**2 / slope
+            new = np.where(outside[active], np.maximum(new, top + 0.1 * (here - top)), new)
+            new = np.where(gap[active], np.clip(new, 0.1 * here, bottom - 0.1 * (bottom - here)), new)
+            new = np.where(~outside[active] & ~gap[active], np.minimum(new, 0.1 * here), new)
+            # steps square: the next one would be rounding, measured from the end of the branch
+            room = np.minimum(np.abs(here), np.where(outside[active], here - top, np.abs(here)))
+            room = np.where(gap[active], np.minimum(room, bottom - here), room)
+            done = np.abs(new - here) <= np.maximum(1e-8 * room, 1e-14 * np.abs(here))
+            w[active] = np.where(np.isfinite(new), new, here)
+            active = active[~done]
+            if not active.size:
                 break
     return np.asarray(w)
 
@@ -99,43 +107,81 @@ def real_curve(start: float, steps: Sequence[FisherStep], first: Reals) -> tuple
         return np.asarray(z), np.asarray((1.0 + u) / z)
 
 
-def outer_edges(start: float, steps: Sequence[FisherStep]) -> tuple[float, float]:
+def outer_edges(start: float, steps: Sequence[FisherStep], jumps: Sequence[float]) -> tuple[float, float]:
     """Ends of the continuous part: where z, followed in from -infinity and from +infinity, first turns back.
 
-    G falls with z all the way, but for the jump at the atom of dead units. Where G passes infinity elsewhere, or the
-    curve ends without a turn, the edge is a hard one, and lies there.
+    G falls with z all the way, but for the jumps at the atoms below the band. Where G passes infinity elsewhere, or the
+    curve ends without a turn, the edge is a hard one, and lies there. The lower end is the last shift itself where
+    nothing keeps W D Theta D W^T from zero: no units are dead, and W is Gaussian or D^2 comes down to zero.
     """
-    law = steps[0].slopes
+    law, last = steps[0].slopes, steps[-1]
     mean, top, bottom = law.moment(1), top_of(law), bottom_of(law)
-    shift = steps[-1].shift
+    upper = _turn(lambda t: _signed(-1.0, real_curve(start, steps, top + mean * np.exp(-t))), _SPAN, 0.1, ())
+    alive = last.slopes.mass_at(0.0) == 0.0 and all(step.shift > 0.0 for step in steps)
+    if alive and (last.gaussian or bottom_of(last.slopes) == 0.0):
+        return last.shift, -upper
 
-    def from_above(t: Reals) -> tuple[Reals, Reals]:
-        z, g = real_curve(start, steps, top + mean * np.exp(-t))
-        return -z, g
-
+    # small steps: beyond the turn of a deep law with dead units poles crowd
     def from_below(t: Reals) -> tuple[Reals, Reals]:
-        # on past w = 0 where D^2 has an atom there, to the least of its other values
+        # on past w = 0, to the least value of D^2 other than zero
         beyond = bottom / (1.0 + np.exp(_SPAN - 8.0 - t))
-        z, g = real_curve(start, steps, np.where(t < _SPAN, -mean * np.exp(-t), beyond))
-        return z, -g
+        return _signed(1.0, real_curve(start, steps, np.where(t < _SPAN, -mean * np.exp(-t), beyond)))
 
-    reach = 3.0 * _SPAN if law.mass_at(0.0) > 0.0 else _SPAN
-    return _turn(from_below, reach, shift), -_turn(from_above, _SPAN, np.nan)
+    reach = 3.0 * _SPAN if bottom > 0.0 else _SPAN
+    lower = _turn(from_below, reach, 0.025, jumps)
+    # so few dead units that the gap above their atom is passed between two points of the sweep
+    return lower if last.shift <= lower < -upper else last.shift, -upper
 
 
-def _turn(rising: Callable[[Reals], tuple[Reals, Reals]], reach: float, jump: float) -> float:
-    """Value where a function that rises from -infinity at t = -8 first falls, or its companion, but across `jump`."""
-    low, high = -8.0, reach
+def _signed(sign: float, curve: tuple[Reals, Reals]) -> tuple[Reals, Reals]:
+    return sign * curve[0], -sign * curve[1]
+
+
+def _turn(rising: Callable[[Reals], tuple[Reals, Reals]], reach: float, step: float, jumps: Sequence[float]) -> float:
+    """Value where a function that rises from -infinity at t = -8 first falls, or its companion, but across `jumps`.
+
+    A sweep by `step`, in parts so that it may stop early, then finer ones, each within the two intervals beside the
+    turn, until a parabola fits its top.
+    """
+    t, value, other = np.empty(0), np.empty(0), np.empty(0)
+    coarse = np.concatenate([np.arange(-8.0, 12.0, step), np.arange(12.0, reach, 0.4)])
+    for part in np.split(coarse, np.arange(_PART, len(coarse), _PART)):
+        t, value, other = (np.append(*pair) for pair in zip((t, value, other), (part, *rising(part)), strict=True))
+        at = _first_fall(value, other, jumps)
+        if at < len(t) - 1:
+            break
     best = -np.inf
-    for count in (int(_POINTS * (reach + 8.0) / 18.0), _POINTS, _POINTS, _POINTS):
-        t = np.linspace(low, high, count)
-        value, other = rising(t)
-        with np.errstate(invalid="ignore"):
-            rises = np.diff(value) >= -1e-13 * np.abs(value[:-1])
-            across = (value[:-1] <= jump * (1.0 + 1e-9)) & (value[1:] >= jump * (1.0 - 1e-9))
-            rises &= across | (np.diff(other) >= -1e-9 * np.abs(other[:-1]))
-        falls = np.flatnonzero(~rises)
-        at = int(falls[0]) if falls.size else count - 1
+    for finer in range(4):
         best = max(best, float(value[at])) if np.isfinite(value[at]) else best
-        low, high = float(t[max(at - 1, 0)]), float(t[min(at + 1, count - 1)])
+        tops = [_parabola(value, other, at, stride) for stride in (1, 2)]
+        if abs(tops[0] - tops[1]) <= _AGREE * abs(tops[0]):
+            return tops[0]
+        if finer < 3:
+            t = np.linspace(t[max(at - 1, 0)], t[min(at + 1, len(t) - 1)], _POINTS)
+            value, other = rising(t)
+            at = _first_fall(value, other, jumps)
     return best
+
+
+def _parabola(value: Reals, other: Reals, at: int, stride: int) -> float:
+    """Top of the parabola through three equidistant points, NaN where that is no top of a smooth curve."""
+    if not stride <= at < len(value) - stride or not other[at - stride] < other[at] < other[at + stride]:
+        return float("nan")
+    before, here, after = value[at - stride : at + stride + 1 : stride]
+    if not before < here > after:
+        return float("nan")
+    return float(here - (after - before) ** 2 / (8.0 * (before - 2.0 * here + after)))
+
+
+def _first_fall(value: Reals, other: Reals, jumps: Sequence[float]) -> int:
+    """Last index before either falls, but across the jumps (the first is sure); the last of all if neither does."""
+    with np.errstate(invalid="ignore"):
+        rises = np.diff(value) >= -1e-13 * np.abs(value[:-1])
+        follows = np.diff(other) >= -1e-9 * np.abs(other[:-1])
+        for k, jump in enumerate(jumps):
+            across = (value[:-1] <= jump * (1.0 + 1e-9)) & (value[1:] >= jump * (1.0 - 1e-9))
+            # an atom within a band or at its edge may lie between two points too, but does not turn the sign
+            follows |= across & ((k == 0) | (other[1:] < 0.0))
+        rises &= follows
+    falls = np.flatnonzero(~rises)
+    return int(falls[0]) if falls.size else len(value) - 1

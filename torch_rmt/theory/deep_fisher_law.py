@@ -37,51 +37,55 @@ class DeepFisherLaw(NewtonLaw):
         if any(step.shift < 0.0 or step.gain <= 0.0 or top_of(step.slopes) <= 0.0 for step in self.steps):
             raise ValueError("every step needs shift >= 0, gain > 0 and slopes that are not all zero")
 
-    def _chain(
-        self, y: Unknowns
-    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray]]:
-        """Residuals M_D(w_l) - u_l, their gradients, z_L with its gradient, and the u and z before each step."""
-        count, points = y.shape
-        values, gradients, before_u, before_z = [], [], [], []
-        u = np.zeros(points, dtype=complex)
-        z = u
-        grad_u, grad_z = np.zeros((count, points), dtype=complex), np.zeros((count, points), dtype=complex)
+    def _chain(self, y: Unknowns) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """u and z before each step, and at the end."""
+        us, zs = [], []
         with np.errstate(all="ignore"):
+            u, above, _ = self.steps[0].slopes.transform(y[0])
+            # start (1 + u)/u: the transform of a point mass, read backwards
+            z = self.start * above / u
+            for step, w in zip(self.steps, y, strict=True):
+                us.append(u)
+                zs.append(z)
+                product = step.gain * w * u * z / (1.0 if step.gaussian else above)
+                u = u + step.shift * above / product
+                above = 1.0 + u
+                z = product + step.shift
+        return [*us, u], [*zs, z]
+
+    def _step(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> tuple[Unknowns, Unknowns]:
+        """Newton step, and the tangent dy/dz: each w_l follows from those before, dw_l = a_l + b_l dw_1.
+
+        The conditions M_D(w_l) = u_l are triangular, so that the pairs (a, b) are carried up the chain and the last
+        condition, on z, gives dw_1.
+        """
+        a, b = np.zeros_like(y), np.ones_like(y)
+        with np.errstate(all="ignore"):
+            u, above, du = self.steps[0].slopes.transform(y[0])
+            end = self.start * above / u
+            u_a, u_b = np.zeros_like(u), du
+            z_a, z_b = np.zeros_like(u), -self.start * du / (u * u)
             for k, step in enumerate(self.steps):
                 w = y[k]
-                m, _, m_slope = step.slopes.transform(w)
-                if k == 0:
-                    # start (1 + u)/u: the transform of a point mass, read backwards
-                    u = m
-                    grad_u = np.zeros_like(grad_u)
-                    grad_u[0] = m_slope
-                    z = self.start * (1.0 + u) / u
-                    grad_z = -self.start * grad_u / (u * u)
-                else:
-                    values.append(m - u)
-                    gradient = -grad_u
-                    gradient[k] += m_slope
-                    gradients.append(gradient)
-                before_u.append(u)
-                before_z.append(z)
+                if k:
+                    value, _, slope = step.slopes.transform(w)
+                    a[k], b[k] = (u - value + u_a) / slope, u_b / slope
                 # the product: gain w u/(1 + u) z, times (1 + u) for Gaussian weights
-                factor = step.gain * w * u / (1.0 if step.gaussian else 1.0 + u)
-                rate = step.gain * w / (1.0 if step.gaussian else (1.0 + u) ** 2)
-                product = factor * z
-                grad_p = factor * grad_z + z * rate * grad_u
-                grad_p[k] += z * factor / w
-                next_u = u + step.shift * (1.0 + u) / product
-                grad_next = grad_u * (1.0 + step.shift / product) - step.shift * (1.0 + u) / product**2 * grad_p
-                z, grad_z = product + step.shift, grad_p
-                u, grad_u = next_u, grad_next
-        before_u.append(u)
-        return values, gradients, z, grad_z, before_u, before_z
-
-    def _equations(
-        self, y: Unknowns, z: Complex[np.ndarray, " points"]
-    ) -> tuple[Unknowns, Complex[np.ndarray, "unknowns unknowns points"]]:
-        values, gradients, end, grad_z, _, _ = self._chain(y)
-        return np.stack([*values, end - z]), np.stack([*gradients, grad_z])
+                rate = step.gain * w / (1.0 if step.gaussian else above)
+                product = rate * u * end
+                by_w = rate * u * end / w
+                by_u = end * (rate if step.gaussian else rate / above)
+                by_z = rate * u
+                p_a = by_w * a[k] + by_u * u_a + by_z * z_a
+                p_b = by_w * b[k] + by_u * u_b + by_z * z_b
+                more = step.shift / product
+                less = more * above / product
+                u_a, u_b = u_a * (1.0 + more) - less * p_a, u_b * (1.0 + more) - less * p_b
+                u = u + more * above
+                above = 1.0 + u
+                end, z_a, z_b = product + step.shift, p_a, p_b
+            first = (z - end - z_a) / z_b
+            return -(a + b * first), b / z_b
 
     def _far(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
         # u = mean/z at every stage, hence w = mean of D^2 / u; the shift of the last step taken out
@@ -109,28 +113,28 @@ class DeepFisherLaw(NewtonLaw):
         """Mean eigenvalue: a linear recursion."""
         return self._means[-1]
 
+    @cached_property
+    def _outer(self) -> Interval:
+        return outer_edges(self.start, self.steps, [self.steps[-1].shift, *(place for place, _ in self.atoms())])
+
     def _scale(self) -> float:
-        top = self.start
-        for step in self.steps:
-            top = step.shift + step.gain * top_of(step.slopes) * top * (4.0 if step.gaussian else 1.0)
-        return top
+        return self._outer[1]
 
     def _admissible(self, y: Unknowns) -> Bool[np.ndarray, " points"]:
         good = np.all(y.imag >= -1e-10 * np.abs(y), axis=0)
-        _, _, z, _, us, zs = self._chain(y)
+        us, zs = self._chain(y)
         for u in us:
             good &= u.imag <= 1e-10 * np.abs(u)
-        for stage in (*zs, z):
+        for stage in zs:
             good &= stage.imag >= -1e-10 * np.abs(stage)
         return np.asarray(good)
 
     def _transform(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> Complex[np.ndarray, " points"]:
-        us = self._chain(y)[4]
-        return np.asarray((1.0 + us[-1]) / z)
+        return np.asarray((1.0 + self._chain(y)[0][-1]) / z)
 
     def _potential(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> Complex[np.ndarray, " points"]:
         """(1 + u) d log z, step by step: a product z = z_A z_B u/(1 + u) has potential L_A + L_B + log u."""
-        _, _, _, _, us, zs = self._chain(y)
+        us, zs = self._chain(y)
         potential = log_from_above(zs[0] - self.start)
         for k, step in enumerate(self.steps):
             u, w = us[k], y[k].real + 1j * np.abs(y[k].imag)
@@ -175,33 +179,81 @@ class DeepFisherLaw(NewtonLaw):
     def _bands(self) -> tuple[Interval, ...]:
         if sum(mass for _, mass in self.atoms()) > 1.0 - 1e-9:
             return ()
-        low, high = outer_edges(self.start, self.steps)
+        low, high = self._outer
         # zero and one value more, or one range: no gap but that beside the atom at the shift
         if all(len(step.slopes.holes()) <= 2 or len(step.slopes.atoms) > 8 for step in self.steps):
             return ((low, high),)
-        scale = self._scale()
-        grid = low + (high - low) * (np.arange(257) + 0.5) / 257
-        full = self._dense(grid, scale)
-        edges = [low]
-        for k in np.flatnonzero(np.diff(full.astype(int))):
-            outside, inside = (grid[k], grid[k + 1]) if full[k + 1] else (grid[k + 1], grid[k])
-            edges.append(self._boundary(outside, inside, scale))
-        edges.append(high)
-        bands = zip(edges[::2], edges[1::2], strict=True) if len(edges) % 2 == 0 else [(low, high)]
-        return tuple((float(a), float(b)) for a, b in bands if b - a > 1e-6 * scale)
-
-    def _dense(self, x: Float[np.ndarray, " points"], scale: float) -> np.ndarray:
-        z = x.astype(complex)
+        # small values of D^2 make narrow bands just above the last shift
+        shares = np.concatenate([0.5 - 0.5 * np.cos(np.pi * (np.arange(96) + 0.5) / 96), np.logspace(-9.0, -1.0, 64)])
+        grid = low + (high - low) * np.unique(shares)
+        z = grid.astype(complex)
         y = self._descend(z)
-        with np.errstate(all="ignore"):
-            g = self._transform(y, z)
-        return np.asarray(-g.imag > 1e-5 / scale)
+        full = self._densities(y, z) > self._empty
+        turns = np.flatnonzero(np.diff(full.astype(int)))
+        if turns.size % 2:
+            return ((low, high),)
+        rises = full[turns + 1]
+        inner = self._boundaries(grid[turns], grid[turns + 1], rises, y[:, np.where(rises, turns + 1, turns)])
+        gaps = turns[1:-1] if rises.size and rises[0] else turns
+        gaps = (gaps[::2] + gaps[1::2] + 1) // 2
+        self._kept["gaps"] = z[gaps], y[:, gaps]
+        ends = [low, *inner, high] if full[0] or not turns.size else [low, low, *inner, high, high]
+        bands = zip(ends[::2], ends[1::2], strict=True)
+        return tuple((float(a), float(b)) for a, b in bands if b - a > 1e-9 * high)
 
-    def _boundary(self, outside: float, inside: float, scale: float) -> float:
-        """Edge between a point without and one with density, by sections of 16 points each."""
-        for _ in range(4):
-            x = np.linspace(outside, inside, 18)
-            full = self._dense(x[1:-1], scale)
-            first = int(np.argmax(full)) if full.any() else len(full)
-            outside, inside = float(x[first]), float(x[first + 1])
-        return 0.5 * (outside + inside)
+    @property
+    def _empty(self) -> float:
+        return 1e-5 / self._scale()
+
+    def _gap_points(self) -> Float[np.ndarray, " gaps"]:
+        bands = self._bands
+        return self._kept["gaps"][0].real if "gaps" in self._kept and len(bands) > 1 else super()._gap_points()
+
+    def _densities(self, y: Unknowns, z: Complex[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
+        with np.errstate(all="ignore"):
+            return np.asarray(-self._transform(y, z).imag)
+
+    def _boundaries(
+        self,
+        left: Float[np.ndarray, " edges"],
+        right: Float[np.ndarray, " edges"],
+        rises: Bool[np.ndarray, " edges"],
+        inside: Unknowns,
+    ) -> list[float]:
+        """Edges between points without and with density, all at once.
+
+        To a seventeenth by Newton from the solution at the points with density, again by descent, then by the zero of
+        the square of the density, which is analytic in x there.
+        """
+        empty, full = np.where(rises, left, right), np.where(rises, right, left)
+        share = np.linspace(0.0, 1.0, 18)
+        rows = np.arange(len(empty))
+        for surely in (False, True):
+            x = empty[:, None] + (full - empty)[:, None] * share
+            z = x.ravel().astype(complex)
+            if surely:
+                y, good = self._descend(z), np.ones(z.shape, dtype=bool)
+            else:
+                y, good, _ = self._newton(np.repeat(inside, len(share), axis=1), z)
+            density = np.where(good, self._densities(y, z), 0.0).reshape(x.shape)
+            # the run of points with density that ends at the known one; Newton may have lost a few near a hard edge
+            first = len(share) - (density > self._empty)[:, ::-1].cumprod(axis=1).sum(axis=1)
+            first = np.minimum(first, len(share) - 1)
+            empty, full = x[rows, np.maximum(first - (1 if surely else 3), 0)], x[rows, first]
+        edges = []
+        for k, at in enumerate(first):
+            take = slice(at, at + 4)
+            edge = float(0.5 * (empty[k] + full[k]))
+            if at + 4 <= len(share):
+                # the inverse function at zero, by Lagrange's formula in the square of the density;
+                # a hard edge, where the density grows like 1/sqrt, has the inverse square
+                grows = density[k, at] > density[k, at + 3]
+                square, place = density[k, take] ** (-2.0 if grows else 2.0), x[k, take]
+                guess = sum(
+                    place[i] * np.prod([square[j] / (square[j] - square[i]) for j in range(4) if j != i])
+                    for i in range(4)
+                )
+                if min(empty[k], full[k]) <= guess <= max(empty[k], full[k]):
+                    edge = float(guess)
+            edges.append(edge)
+        return edges

@@ -33,24 +33,29 @@ def scale_error(law: SpectralMeasure, deviation: float) -> float:
 
     An atom away from zero that moves at all costs its whole mass.
     """
-    bands = law.support()
-    if deviation <= 0.0 or not bands:
-        return 0.0
-    moved = sum(mass for place, mass in law.atoms() if place != 0.0)
-    x = np.concatenate([low + (high - low) * _PLACES for low, high in bands])
-    change = np.abs(law.cdf(x * np.exp(deviation)) - law.cdf(x)).max()
-    return float(min(1.0, max(moved, np.sqrt(2.0 / np.pi) * change)))
+    return scale_or_shift_error(law, deviation, 0.0)
 
 
-def shift_error(law: SpectralMeasure, deviation: float) -> float:
-    """What a common shift of standard deviation `deviation` moves F by, at the mean absolute shift."""
+def scale_or_shift_error(law: SpectralMeasure, scale: float, shift: float) -> float:
+    """The larger of what a common factor and a common shift move F by, of these standard deviations.
+
+    As `scale_error`; for the shift at the mean absolute shift, any atom costing its mass. One call of F.
+    """
     bands = law.support()
-    if deviation <= 0.0 or not bands:
+    if not bands or max(scale, shift) <= 0.0:
         return 0.0
-    shift = float(np.sqrt(2.0 / np.pi)) * deviation
+    mean_modulus = float(np.sqrt(2.0 / np.pi))
     x = np.concatenate([low + (high - low) * np.concatenate([[0.0], _PLACES]) for low, high in bands])
-    moved = max((mass for _, mass in law.atoms()), default=0.0)
-    return float(min(1.0, max(moved, np.abs(law.cdf(x + shift) - law.cdf(x)).max())))
+    at_rest, scaled, shifted = np.split(
+        law.cdf(np.concatenate([x, x * np.exp(scale), x + mean_modulus * shift])), [len(x), 2 * len(x)]
+    )
+    inner = np.tile(np.arange(len(_PLACES) + 1) > 0, len(bands))
+    moved = [mean_modulus * np.abs(scaled - at_rest)[inner].max(), np.abs(shifted - at_rest).max()]
+    if scale > 0.0:
+        moved.append(sum(mass for place, mass in law.atoms() if place != 0.0))
+    if shift > 0.0:
+        moved.append(max((mass for _, mass in law.atoms()), default=0.0))
+    return float(min(1.0, max(moved)))
 
 
 def quadratic_share(phi: Activation, q: float) -> float:

@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 
 from torch_rmt.measures.base import Atom, Interval
 from torch_rmt.theory.activation import Activation
-from torch_rmt.theory.axis_newton import NewtonLaw, Unknowns
+from torch_rmt.theory.axis_newton import SystemLaw, Unknowns
 from torch_rmt.theory.gaussian import gaussian_rule
 from torch_rmt.theory.rational_curve import log_from_above, log_from_below
 
@@ -21,7 +21,7 @@ _GRID = 241
 
 
 @dataclass(frozen=True, eq=False)
-class GramBiasLaw(NewtonLaw):
+class GramBiasLaw(SystemLaw):
     """Law of Y Y^T / m, Y = activation(W X + b 1^T) less its row means, one Gaussian bias a row.
 
     A row with bias b has linear part alpha(b) = (E g phi(b + sigma g))^2 and remainder v(b) = Var_g phi(b + sigma g) -

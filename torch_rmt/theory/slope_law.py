@@ -14,6 +14,8 @@ from torch_rmt.theory.gaussian import gaussian_rule
 
 Points = Complex[np.ndarray, " points"]
 
+_ONE_BY_ONE = 4  # nodes up to which a loop over them costs less than a table
+
 
 @dataclass(frozen=True, eq=False)
 class NodeLaw:
@@ -76,41 +78,62 @@ class NodeLaw:
             end = max(end, high)
         return (*holes, (end, float("inf")))
 
-    @np.errstate(all="ignore")  # a trial point may hit a node
     def transform(self, w: Points) -> tuple[Points, Points, Points]:
         """M(w) = E[s / (w - s)], 1 + M(w) without cancellation, and M'(w), for Im w >= 0."""
-        mass = self.weights * self.nodes
-        # 1 / (w - s) = (x - i y) / (x^2 + y^2) by parts: numpy's complex division is four times slower.
-        x = np.subtract.outer(w.real, self.nodes.real)
-        y = np.subtract.outer(w.imag, self.nodes.imag)
-        square = x * x
-        square += y * y
-        np.reciprocal(square, out=square)
-        x *= square
-        y *= square
-        table = np.stack([mass.real, mass.imag, self.weights.real, self.weights.imag], axis=1)
-        by_x, by_y = x @ table, y @ table
-        value = (by_x[:, 0] + by_y[:, 1]) + 1j * (by_x[:, 1] - by_y[:, 0])
-        inverse = (by_x[:, 2] + by_y[:, 3]) + 1j * (by_x[:, 3] - by_y[:, 2])
-        np.multiply(x, y, out=square)
-        x *= x
-        y *= y
-        x -= y
-        by_x, by_y = x @ table[:, :2], (-2.0 * square) @ table[:, :2]
-        slope = (by_x[:, 0] - by_y[:, 1]) + 1j * (by_x[:, 1] + by_y[:, 0])
-        return value, w * inverse, -slope
+        return cauchy_sums(self.nodes, self.weights, w)
 
     def mean_log(self, w: Points) -> Points:
         """E log(1 - s / w), Im w >= 0; the branch that vanishes at infinity."""
-        # w - s stays in the upper half-plane, so that the principal branch is right whatever arg s is.
-        x = np.subtract.outer(w.real, self.nodes.real)
-        y = np.subtract.outer(w.imag, self.nodes.imag)
-        angle = np.arctan2(y, x)
-        np.multiply(x, x, out=x)
-        np.multiply(y, y, out=y)
-        x += y
-        logs = 0.5 * np.log(x) @ self.weights + 1j * (angle @ self.weights)
-        return np.asarray(logs - np.log(w))
+        return log_sums(self.nodes, self.weights, w)
+
+
+@np.errstate(all="ignore")  # a trial point may hit a node
+def cauchy_sums(
+    nodes: Inexact[np.ndarray, " nodes"], weights: Inexact[np.ndarray, " nodes"], w: Points
+) -> tuple[Points, Points, Points]:
+    """sum p s / (w - s), sum p w / (w - s), and the derivative of the first."""
+    mass = weights * nodes
+    if len(nodes) <= _ONE_BY_ONE:
+        value, inverse, slope = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
+        for s, p, m in zip(nodes, weights, mass, strict=True):
+            part = 1.0 / (w - s)
+            inverse += p * part
+            if m:
+                value += m * part
+                slope -= m * (part * part)
+        return value, w * inverse, slope
+    # 1 / (w - s) = (x - i y) / (x^2 + y^2) by parts: numpy's complex division is four times slower.
+    x = np.subtract.outer(w.real, nodes.real)
+    y = np.subtract.outer(w.imag, nodes.imag)
+    square = x * x
+    square += y * y
+    np.reciprocal(square, out=square)
+    x *= square
+    y *= square
+    table = np.stack([mass.real, mass.imag, weights.real, weights.imag], axis=1)
+    by_x, by_y = x @ table, y @ table
+    value = (by_x[:, 0] + by_y[:, 1]) + 1j * (by_x[:, 1] - by_y[:, 0])
+    inverse = (by_x[:, 2] + by_y[:, 3]) + 1j * (by_x[:, 3] - by_y[:, 2])
+    np.multiply(x, y, out=square)
+    x *= x
+    y *= y
+    x -= y
+    by_x, by_y = x @ table[:, :2], (-2.0 * square) @ table[:, :2]
+    slope = (by_x[:, 0] - by_y[:, 1]) + 1j * (by_x[:, 1] + by_y[:, 0])
+    return value, w * inverse, -slope
+
+
+def log_sums(nodes: Inexact[np.ndarray, " nodes"], weights: Inexact[np.ndarray, " nodes"], w: Points) -> Points:
+    """sum p log(1 - s / w)."""
+    # w - s stays in the upper half-plane, so that the principal branch is right whatever arg s is.
+    x = np.subtract.outer(w.real, nodes.real)
+    y = np.subtract.outer(w.imag, nodes.imag)
+    angle = np.arctan2(y, x)
+    np.multiply(x, x, out=x)
+    np.multiply(y, y, out=y)
+    x += y
+    logs = 0.5 * np.log(x) @ weights + 1j * (angle @ weights)
+    return np.asarray(logs - np.log(w))
 
 
 def x_log_x(x: Points) -> Points:
@@ -138,8 +161,9 @@ def slope_law(activation: Activation | None, q: float, *, order: int = 14) -> No
     s = np.asarray(activation.derivative(h), dtype=np.float64) ** 2
     if not np.isfinite(s).all() or s.max() == 0.0:
         raise ValueError(f"the slope of activation {activation.name!r} is zero or not finite at q = {q:g}.")
-    constants, ranges = _ranges(activation, q, h, s)
-    path = contour(activation, q, order=order)
+    turns = corners(activation, float(np.sqrt(q)))
+    constants, ranges = _ranges(activation, q, turns, h, s)
+    path = contour(activation, q, order=order, turns=turns)
     if path is None:
         h, weights = gaussian_rule(q, activation.kinks, order=4 * order)
         s = np.asarray(activation.derivative(h), dtype=np.float64) ** 2
@@ -170,10 +194,14 @@ def slope_law(activation: Activation | None, q: float, *, order: int = 14) -> No
 
 
 def _ranges(
-    activation: Activation, q: float, h: Float[np.ndarray, " nodes"], s: Float[np.ndarray, " nodes"]
+    activation: Activation,
+    q: float,
+    turns: list[float],
+    h: Float[np.ndarray, " nodes"],
+    s: Float[np.ndarray, " nodes"],
 ) -> tuple[dict[int, float], list[tuple[float, float]]]:
     """Pieces of constant s, by their number, and the range of s on each other piece."""
-    extrema = np.array([c for c in corners(activation, float(np.sqrt(q))) if c not in activation.kinks])
+    extrema = np.array([c for c in turns if c not in activation.kinks])
     # At a kink s has two limits, which no node reaches.
     beside = 1e-12 * max(1.0, float(np.sqrt(q)))
     extrema = np.concatenate([extrema] + [[k - beside, k + beside] for k in activation.kinks])
