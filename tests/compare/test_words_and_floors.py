@@ -177,12 +177,11 @@ def test_a_coarse_law_keeps_mean_outliers_and_zeros(seed: int) -> None:
     assert np.allclose(few.nodes, np.sort(nodes[500:700]), rtol=1e-14)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_freeness_gap_of_a_rectangular_chain(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_freeness_gap_of_a_rectangular_chain() -> None:
     values = []
     for unit in (1, 3):
-        widths = [40 * unit, 80 * unit, 30 * unit, 60 * unit]
+        rng = np.random.default_rng(unit)
+        widths = [30 * unit, 80 * unit, 60 * unit, 40 * unit]
         parts = [rng.standard_normal((m, n)) / np.sqrt(n) for n, m in pairwise(widths)]
         whole = parts[2] @ parts[1] @ parts[0]
         spectra = [
@@ -193,7 +192,7 @@ def test_freeness_gap_of_a_rectangular_chain(seed: int) -> None:
         assert report.agrees, report.verdict
         values.append(report.distance("kolmogorov"))
     assert values[0].noise == pytest.approx(3 * values[1].noise, rel=1e-9)  # exact parts: 1/n only
-    assert values[1].value < 3 / 120
+    assert values[1].value < 3 / 90
     zero = exact_spectrum(np.zeros(40))
     with pytest.raises(ValueError, match="is zero"):
         freeness_gap([zero, zero], zero, kind="product")
