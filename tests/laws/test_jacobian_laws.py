@@ -202,7 +202,7 @@ def test_residual_networks(name: str, sigma_w: float, seed: int) -> None:
 
 
 def test_few_residual_branches() -> None:
-    """Mean and variance are exact for large branches; the law comes nearer like the share of one branch."""
+    """Mean, variance and the whole law hold for few large branches as for many small ones."""
     n, distances, phi = 400, [], as_activation("tanh")
     for depth in (3, 12):
         scale = (1.2 / depth) ** 0.5
@@ -218,7 +218,7 @@ def test_few_residual_branches() -> None:
         assert values.mean() == pytest.approx(prediction.scalars["mean"], rel=0.02)
         assert values.var() == pytest.approx(prediction.scalars["variance"], rel=0.06)
         distances.append(kolmogorov(prediction.measure, values))
-    assert distances[1] < 0.45 * distances[0]
+    assert max(distances) < 5.0 / n
 
 
 def test_circular_convolution() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 
 from torch_rmt.theory.chain import Chain
-from torch_rmt.theory.chain_parts import Bounds, Flags, Inner, Part, Points, Share, State
+from torch_rmt.theory.chain_parts import Bounds, Flags, Inner, Part, Points, Share, State, log_one_plus
 from torch_rmt.theory.series import Other, Series, multiply, power, revert
 from torch_rmt.theory.series import s_series as series_of
 from torch_rmt.theory.slope_law import x_log_x
 
 Reals = Float[np.ndarray, " points"]
+Knots = Float[np.ndarray, " knots"]
+Rows = Complex[np.ndarray, "unknowns knots"]
 
 _SETTLED = 1e-6  # what Newton's method may leave of an argument
 _ROUND = 1e-9  # of an argument: on which side of the negative axis a number counts
@@ -36,7 +39,7 @@ class Shortcut:
         if self.gaussian:
             return log_b - np.log(self.scale), np.ones_like(log_b)
         b = np.exp(log_b)
-        return log_b + np.log(1.0 + b) - np.log(self.scale), 1.0 + b / (1.0 + b)
+        return log_b + log_one_plus(b) - np.log(self.scale), 1.0 + b / (1.0 + b)
 
     def roots(self, square: Reals) -> tuple[Reals, ...]:
         """The real b with k(b) = square; NaN where there is none."""
@@ -140,7 +143,7 @@ class Block(Part):
         u, a, b = np.exp(log_u), np.exp(log_a), np.exp(log_b)
         inner = self._branch(log_a, v[2:])
         # log G^2 from either side, the branch's unknowns corrected.
-        from_a, rate_a = 2.0 * np.log(1.0 + a) - inner.t - inner.lag, 2.0 * a / (1.0 + a) - inner.rate
+        from_a, rate_a = 2.0 * log_one_plus(a) - inner.t - inner.lag, 2.0 * a / (1.0 + a) - inner.rate
         from_b, rate_b = self.shortcut.evaluate(log_b)
         part = a / (a + b)
         excess, difference = np.log((a + b) / u), from_b - from_a
@@ -148,7 +151,7 @@ class Block(Part):
         follow_a, follow_b = rate_b / determinant, rate_a / determinant
         correct_a = ((1.0 - part) * difference - rate_b * excess) / determinant
         correct_b = -(part * difference + rate_a * excess) / determinant
-        t = log_u + np.log(1.0 + u) - from_b - np.log(self.mean)
+        t = log_u + log_one_plus(u) - from_b - np.log(self.mean)
         rate = 1.0 + u / (1.0 + u) - rate_b * follow_b
         follow = np.concatenate([[follow_a, follow_b], inner.follow * follow_a])
         correction = np.concatenate([[correct_a, correct_b], inner.correction + inner.follow * correct_a])
@@ -157,7 +160,7 @@ class Block(Part):
     def contained(self, y: Points, v: Inner) -> Flags:
         """Whether the block's own w = (1 + M)^2 / G^2 lies in the upper half-plane."""
         u = self.scale * np.exp(y)
-        angle = (2.0 * np.log(1.0 + u) - self.shortcut.evaluate(v[1])[0]).imag
+        angle = (2.0 * log_one_plus(u) - self.shortcut.evaluate(v[1])[0]).imag
         good = (angle > -_SETTLED) & (angle < np.pi + _SETTLED)  # zero where the block is alone
         turned = v[0].imag < -np.pi - _ROUND
         log_a, inner = _reflected(v[0], turned), _reflected(v[2:], turned)
@@ -202,18 +205,19 @@ class Block(Part):
 
     @cached_property
     @np.errstate(all="ignore")
-    def _above(self) -> tuple[Reals, Inner]:
+    def _above(self) -> tuple[Knots, Rows]:
         """(log u, unknowns) for u > 0: z above the law."""
-        state = self.branch.real_state(np.linspace(-120.0, 40.0, 321), 1.0)
-        square = self._square(state)
-        b = self.shortcut.roots(square)[0]
-        u = np.exp(state.y.real) + b
-        rows = np.concatenate([[state.y, np.log(b) + 0j], state.v])
-        return _rising(np.log(u), rows)
+
+        def curve(log_a: Knots) -> tuple[Knots, Rows]:
+            state = self.branch.real_state(log_a, 1.0)
+            b = self.shortcut.roots(self._square(state))[0]
+            return np.log(np.exp(log_a) + b), np.concatenate([[state.y, np.log(b) + 0j], state.v])
+
+        return _rising(curve, np.linspace(-120.0, 40.0, 201))
 
     @cached_property
     @np.errstate(all="ignore")
-    def _negative(self) -> tuple[Reals, Inner]:
+    def _negative(self) -> tuple[Knots, Rows]:
         """(log(-u / (1 + u)), unknowns) for -1 < u < 0: z negative, z = -eta^2."""
         log_eta = np.linspace(-60.0, 60.0, 241)
         for _ in range(3):  # finer where the two b of one a meet
@@ -237,21 +241,22 @@ class Block(Part):
 
     @cached_property
     @np.errstate(all="ignore")
-    def _below(self) -> tuple[Reals, Inner]:
+    def _below(self) -> tuple[Knots, Rows]:
         """(log(-1 - u), unknowns) for u < -1: z between zero and a law that ends above it."""
-        grid = np.linspace(-60.0, 40.0, 321)
-        if self._smallest > self.shortcut.scale:
+
+        def within(grid: Knots) -> tuple[Knots, Rows]:  # below the branch's law
             state = self.branch.real_state(np.log1p(np.exp(grid)), -1.0)
             b = self.shortcut.roots(self._square(state))[0]
-            beyond = np.exp(grid) - b
-            rows = np.concatenate([[state.y, np.log(b) - 2j * np.pi], state.v])
-        else:
-            state = self.branch.real_state(grid, 1.0)
+            return np.log(np.exp(grid) - b), np.concatenate([[state.y, np.log(b) - 2j * np.pi], state.v])
+
+        def beyond(log_a: Knots) -> tuple[Knots, Rows]:  # above it, on the other side of the axis
+            state = self.branch.real_state(log_a, 1.0)
             upper, b = self.shortcut.roots(self._square(state))
-            beyond = upper - np.exp(grid)
             turned = np.where(self.branch.turn > 0, 2j * np.pi, -2j * np.pi)
-            rows = np.concatenate([[state.y - 2j * np.pi, np.log(-b) - 1j * np.pi], state.v + turned])
-        return _rising(np.log(beyond), rows)
+            unknowns = [state.y - 2j * np.pi, np.log(-b) - 1j * np.pi]
+            return np.log(upper - np.exp(log_a)), np.concatenate([unknowns, state.v + turned])
+
+        return _rising(within if self._smallest > self.shortcut.scale else beyond, np.linspace(-60.0, 40.0, 161))
 
     def _square(self, state: State) -> Reals:
         """G^2 = (1 + a)^2 / w_A at real points of the branch, negative with z."""
@@ -322,16 +327,22 @@ def _reflected(values: np.ndarray, turned: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(turned, np.conj(values) + 2j * np.pi * sign, values))
 
 
-def _rising(places: Reals, rows: Inner) -> tuple[Reals, Inner]:
-    """The first finite points, as long as they rise."""
-    good = np.isfinite(places) & np.isfinite(rows).all(axis=0)
-    places, rows = places[good], rows[:, good]
-    falls = np.flatnonzero(~(np.diff(places) > 0))
+def _rising(curve: Callable[[Knots], tuple[Knots, Rows]], grid: Reals) -> tuple[Knots, Rows]:
+    """The curve at its first finite points, as long as its places rise; closer together where they stop."""
+    for _ in range(4):
+        places, rows = curve(grid)
+        good = np.isfinite(places) & np.isfinite(rows).all(axis=0)
+        grid, places, rows = grid[good], places[good], rows[:, good]
+        falls = np.flatnonzero(~(np.diff(places) > 0))
+        if not len(falls) or falls[0] == 0:
+            break
+        at = int(falls[0])
+        grid = np.union1d(grid[: at + 2], np.linspace(grid[at - 1], grid[at + 1], 13))
     end = int(falls[0]) + 1 if len(falls) else len(places)
     return places[:end], rows[:, :end]
 
 
-def _ascending(places: Reals, rows: Inner) -> tuple[Reals, Inner]:
+def _ascending(places: Reals, rows: Inner) -> tuple[Knots, Rows]:
     """The finite points in order."""
     good = np.isfinite(places) & np.isfinite(rows).all(axis=0)
     order = np.argsort(places[good], kind="stable")
@@ -340,7 +351,7 @@ def _ascending(places: Reals, rows: Inner) -> tuple[Reals, Inner]:
     return places[keep], rows[:, keep]
 
 
-def _follow(x: Reals, knots: Reals, values: Reals) -> Reals:
+def _follow(x: Reals, knots: Knots, values: Knots) -> Reals:
     """Linear interpolation, going on beyond the ends."""
     first = values[0] + (x - knots[0]) * (values[1] - values[0]) / (knots[1] - knots[0])
     last = values[-1] + (x - knots[-1]) * (values[-1] - values[-2]) / (knots[-1] - knots[-2])

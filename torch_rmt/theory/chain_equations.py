@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float
 
-from torch_rmt.theory.chain_parts import Inner, Part, Points, State, Term
+from torch_rmt.theory.chain_parts import Inner, Part, Points, State, Term, log_one_plus
 from torch_rmt.theory.slope_law import x_log_x
 
 Reals = Float[np.ndarray, " points"]
@@ -60,7 +60,7 @@ class ChainEquations:
     def evaluate(self, y: Points, v: Inner) -> State:
         """t, its slope and the corrections at given unknowns; M in the closed lower half-plane, w_k in the upper."""
         m = np.exp(y)
-        t = np.log(1.0 + m) - y + self.drift * m
+        t = log_one_plus(m) - y + self.drift * m
         rate = m / (1.0 + m) - 1.0 + self.drift * m
         lag = np.zeros_like(t)
         for term in self.terms:
@@ -146,8 +146,8 @@ class ChainEquations:
         y = np.log(self.lowest) + np.log1p(np.exp(excess))
         for _ in range(3):
             state = self.real_state(y, -1.0)
-            # What rounding denies right at the start is no fall.
-            known = np.maximum.accumulate(np.isfinite(state.t.real))
+            # What rounding denies close to -lowest is no fall.
+            known = np.isfinite(state.t.real) | (y - np.log(self.lowest) > 1e-5)
             falls = np.flatnonzero(known & ~(state.rate.real > 0))
             at = int(falls[0]) if len(falls) else len(y) - 1
             low, high = max(at - 1, 0), at
@@ -171,7 +171,7 @@ class ChainEquations:
         """The w_k that belong to y, by Newton from nearby ones."""
         here = self.evaluate(y, v)
         for _ in range(30):
-            if not np.abs(here.correction).max(initial=0.0) > 1e-13:
+            if not np.abs(here.correction).max(initial=0.0) > 1e-13 * max(1.0, np.abs(here.follow).max(initial=0.0)):
                 break
             with np.errstate(all="ignore"):
                 step = here.correction * np.minimum(1.0, 0.5 / np.maximum(np.abs(here.correction), 1e-300))

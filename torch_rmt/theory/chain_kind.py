@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from torch_rmt.theory.chain_parts import Bounds, Inner, Part, Points, Share
+from torch_rmt.theory.chain_parts import Bounds, Inner, Part, Points, Share, log_one_plus
 from torch_rmt.theory.slope_law import NodeLaw, x_log_x
 
 Reals = Float[np.ndarray, " points"]
@@ -66,7 +66,7 @@ class Kind(Part):
         follow = value / (w * slope)
         # A quotient near one: its principal logarithm is right on either side of the branch cut.
         correction = -np.log(value / u) * follow
-        t = y + v[0] + np.log(self.scale) - np.log(1.0 + u)
+        t = y + v[0] + np.log(self.scale) - log_one_plus(u)
         rate = 1.0 - u / (1.0 + u) + follow
         return Share(self.count * t, self.count * rate, self.count * correction, follow[None], correction[None])
 

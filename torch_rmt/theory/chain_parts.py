@@ -14,6 +14,7 @@ Reals = Float[np.ndarray, " points"]
 Flags = Bool[np.ndarray, " points"]
 Bounds = Float[np.ndarray, " unknowns"]
 
+_HAIR = 1e-8  # of a number: what iterations leave of an imaginary part that is none
 _NAMES = ("y", "v", "t", "rate", "follow", "correction", "lag")  # the fields of a State
 
 
@@ -118,6 +119,13 @@ class Part(ABC):
     def contained(self, y: Points, v: Inner) -> Flags:
         """Whether what `low` and `high` do not say of the half-planes holds too."""
         return np.ones(y.shape, dtype=bool)
+
+
+def log_one_plus(x: Points) -> Points:
+    """log(1 + x), where rounding carries a real x < -1 to neither side of the cut: it is seen from below."""
+    value = np.log(1.0 + x)
+    on_cut = (x.real < -1.0) & (np.abs(x.imag) < _HAIR * np.abs(x.real))
+    return np.asarray(np.where(on_cut, value.real - 1j * np.pi, value))
 
 
 def take(state: State, where: np.ndarray, *, lost: bool = False) -> State:

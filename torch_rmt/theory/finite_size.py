@@ -16,9 +16,9 @@ from torch_rmt.theory.jacobian_law import JacobianLaw
 
 # Eigenvalues are rigid: what is left once slopes and signal are the drawn ones is 1.8 to 2.8 over n, measured on
 # products of Gaussian and Haar matrices with even slopes, n = 64 and 200, depth 1 to 30.
-_RIGID = 2.3
+RIGID = 2.3
 # sup over t of a Gaussian process against the mean modulus where it is widest: drawn tanh, GELU, ReLU networks.
-_SUPREMUM = 1.15
+SUPREMUM = 1.15
 _POINTS = 16
 
 
@@ -68,8 +68,8 @@ def expected_distance(architecture: Architecture, moments: tuple[float, ...], me
     n = min(min(layer.n_in, layer.n_out) for layer in architecture.layers)
     if not isinstance(measure, JacobianLaw):
         return min(1.0, _rank_deviation(architecture, moments))
-    spread = float(np.sqrt(2 / np.pi) * _SUPREMUM * np.sqrt(_response(architecture, moments, measure).max()))
-    return min(1.0, float(np.hypot(max(spread, _rank_deviation(architecture, moments)), _RIGID / n)))
+    spread = float(np.sqrt(2 / np.pi) * SUPREMUM * np.sqrt(_response(architecture, moments, measure).max()))
+    return min(1.0, float(np.hypot(max(spread, _rank_deviation(architecture, moments)), RIGID / n)))
 
 
 def _response(architecture: Architecture, moments: tuple[float, ...], measure: JacobianLaw) -> np.ndarray:
@@ -95,7 +95,7 @@ def _response(architecture: Architecture, moments: tuple[float, ...], measure: J
             # An estimate: layers whose q agree to five per cent share their units.
             key = id(layer.activation), layer.n_out, round(20 * float(np.log(q)))
             if key not in known:
-                known[key] = _units(layer.activation, q, layer.n_out / first, m, starts)
+                known[key] = units_of(layer.activation, q, layer.n_out / first, m, starts)
             units = known[key]
             own = units.share_share + 2.0 * later * units.share_square + later**2 * units.square_square
             if layer.ensemble == "orthogonal":
@@ -118,7 +118,8 @@ class _Units:
     square_radial: float
 
 
-def _units(activation: Activation, q: float, width: float, m: np.ndarray, starts: np.ndarray) -> _Units:
+def units_of(activation: Activation, q: float, width: float, m: np.ndarray, starts: np.ndarray) -> _Units:
+    """The covariances over one unit of a layer `width` times as wide as the input, at points with these M."""
     h, weights = gaussian_rule(q, activation.kinks, order=8)
     s = np.asarray(activation.derivative(h)) ** 2
     place = _subordinate(s, weights, m / width, starts)

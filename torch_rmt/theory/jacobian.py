@@ -8,6 +8,7 @@ from torch_rmt.measures import Discrete, PointMass
 from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.architecture import Architecture, Layer, Residual
 from torch_rmt.theory.atomic_chain import AtomicChain
+from torch_rmt.theory.block_size import expected_block_distance
 from torch_rmt.theory.factors import Factors, collect
 from torch_rmt.theory.finite_size import expected_distance
 from torch_rmt.theory.jacobian_law import JacobianLaw
@@ -72,9 +73,11 @@ def _finite_size_error(
     architecture: Architecture, signals: tuple[Signal, ...], measure: SpectralMeasure
 ) -> float | None:
     """None where a mask adds its own scatter, or a norm takes that of q away: `expected_distance` knows neither."""
-    if has_blocks(architecture):
+    if any(layer.dropout > 0 for layer in every_layer(architecture.layers)):
         return None
-    if any(layer.dropout > 0 or layer.normalisation is not None for layer in architecture.layers):
+    if has_blocks(architecture):
+        return expected_block_distance(architecture, signals, measure) if isinstance(measure, JacobianLaw) else None
+    if any(layer.normalisation is not None for layer in architecture.layers):
         return None
     return expected_distance(architecture, tuple(signal.q for signal in signals), measure)
 

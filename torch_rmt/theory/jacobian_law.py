@@ -16,6 +16,8 @@ Points = Complex[np.ndarray, " points"]
 Reals = Float[np.ndarray, " points"]
 Values = Complex[np.ndarray, "..."]
 
+_NARROW = 1e-5  # in logarithms: a gap with an atom in it that is narrower is none
+
 
 @runtime_checkable
 class Solver(Protocol):
@@ -140,6 +142,12 @@ class JacobianLaw(SpectralMeasure):
         if len(middles):
             w, u = self.solver.solve_above(middles)
             ends = [float(v) for v in 1.0 - self.solver.potential(middles, w, u).imag / np.pi]
+            for index, ((low, high), stop) in enumerate(zip(gaps, stops, strict=True)):
+                if stop < high and high - low < _NARROW:
+                    # Density rises to the atom from either side: no gap to stand in, but the band's own last points.
+                    last = np.array([float(np.max(self.solver.knots()[index]))])
+                    w, u = self.solver.solve(last)
+                    ends[index] = float(1.0 - self.solver.potential(last + 0j, w, u).imag[0] / np.pi)
         masses, before = [], sum(mass for location, mass in self.log_atoms if location <= edges[0][0])
         for index, end in enumerate(ends):
             gap = edges[index][1], edges[index + 1][0]

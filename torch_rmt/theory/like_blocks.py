@@ -102,4 +102,4 @@ def _rebuilt(block: Residual, like: BlockSignal, values: Iterator[float]) -> Blo
     branch = tuple(one(layer, signal) for layer, signal in zip(block.branch, like.branch, strict=True))
     shortcut = tuple(one(layer, signal) for layer, signal in zip(block.shortcut, like.shortcut, strict=True))
     q = next(values) if block.activation is not None else like.q
-    return BlockSignal(float(q), float(next(values)), branch, shortcut)
+    return BlockSignal(float(q), float(next(values)), branch, shortcut, like.incoming)

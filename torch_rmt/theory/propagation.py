@@ -33,10 +33,12 @@ class BlockSignal(Signal):
 
     Fields:
         branch, shortcut: the signals of their layers.
+        incoming: mean square of x.
     """
 
     branch: tuple[Signal, ...] = ()
     shortcut: tuple[Signal, ...] = ()
+    incoming: float = 1.0
 
 
 @dataclass
@@ -154,7 +156,7 @@ def _at_block(block: Residual, stream: _Stream) -> BlockSignal:
             f"how much residual block {block.name!r} adds depends on the signal that it meets, which grows from block "
             "to block: give the architecture's input_second_moment."
         )
-    branch, shortcut = stream.split(), stream.split()
+    incoming, branch, shortcut = stream.second, stream.split(), stream.split()
     inside, beside = _along(block.branch, branch), _along(block.shortcut, shortcut)
     if branch.second is None or shortcut.second is None:
         raise ValueError(f"the signal of residual block {block.name!r} is not known.")
@@ -163,7 +165,7 @@ def _at_block(block: Residual, stream: _Stream) -> BlockSignal:
     stream.mean, stream.common = branch.mean + shortcut.mean, branch.common + shortcut.common + cross
     signal = _normalised(q, block.normalisation, stream, f"residual block {block.name!r}")
     stream.through(block.activation, signal.q, 1.0 - float(block.dropout))
-    return BlockSignal(signal.q, signal.divisor, inside, beside)
+    return BlockSignal(signal.q, signal.divisor, inside, beside, incoming)
 
 
 def _normalised(q: float, normalisation: Normalisation | None, stream: _Stream, name: str) -> Signal:

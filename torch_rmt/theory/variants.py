@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from torch_rmt.measures import PointMass
 from torch_rmt.theory.activation import Number, as_activation
-from torch_rmt.theory.architecture import Ensemble, Layer, Normalisation
-from torch_rmt.theory.isometry import slope_variance, smooth_limit
+from torch_rmt.theory.architecture import Architecture, Ensemble, Layer, Normalisation, Residual
+from torch_rmt.theory.jacobian import jacobian_spectrum
 from torch_rmt.theory.mean_field import checked_sigma
 from torch_rmt.theory.moments import mean_value, second_moment, slope_moment
 from torch_rmt.theory.prediction import Prediction
+from torch_rmt.theory.propagation import branch_gain, propagate
 
 
 def residual_spectrum(
@@ -22,22 +26,23 @@ def residual_spectrum(
     scale: Number = 1.0,
     input_second_moment: Number = 1.0,
 ) -> Prediction:
-    """Predict the law of J^T J of x <- x + scale * phi(W x + b), Gaussian W, many layers with a small branch each.
+    """Predict the law of J^T J of x <- x + scale * phi(W x + b), Gaussian W: `depth` `Residual` blocks.
 
-    S(u) = exp(-c (1 + 2u)), c = sum_l log(1 + c_l), c_l = scale^2 sigma_w^2 E phi'(h_l)^2: one number for all
-    activations. This is the limit of many small branches; at finite depth the distribution function is off by
-    O(max_l c_l). The scalars "mean" = prod (1 + c_l) and "variance" = mean^2 sum (2 c_l + r_l c_l^2) / (1 + c_l)^2,
-    r_l = E phi'^4 / (E phi'^2)^2, are exact at any depth: a branch with R-diagonal X has the moments of |1 + X|^2, and
-    relative variances of free factors add up.
+    Scalars: "mean" = prod (1 + c_l), c_l = scale^2 sigma_w^2 E phi'(h_l)^2; "variance" = mean^2 sum (2 c_l + r_l c_l^2)
+    / (1 + c_l)^2, r_l = E phi'^4 / (E phi'^2)^2, since a branch with R-diagonal X has the moments of |1 + X|^2 and
+    relative variances of free factors add up; "chi", "cumulated_branch" = sum log(1 + c_l), "q_final",
+    "largest_eigenvalue", "condition".
 
-    The same holds for a branch W_2 phi(W_1 x) with E phi'^2 times both weights' sigma^2. It does not hold for
-    x + W phi(x) with nothing in front of phi: there the slopes of a unit hardly change from layer to layer, D_l and
-    D_k are not free of each other, and the variance is larger (ReLU, c = 1: 2.4 mean^2 for 2.0 mean^2, simulated). An
-    activation with a mean adds one outlier to this bulk.
+    In the limit of many small branches S(u) = exp(-c (1 + 2u)), c the cumulated branch: one number for all activations.
+    An activation with a mean adds one outlier to this bulk. For x + W phi(x), x + W_2 phi(W_1 x) and blocks with
+    normalisation write the `Residual` blocks themselves.
 
-    Source: Tarnowski et al. 2019, eq. (20), rederived as the free multiplicative Brownian motion; Yang and Schoenholz
-    2017 for the length map v <- v + 2 scale m E phi + scale^2 E phi^2, m <- m + scale E phi, h ~ N(0, sigma_w^2 v +
-    sigma_b^2), m the mean over the units.
+    Source: Tarnowski et al. 2019, eq. (20) for the limit; the law at finite depth and the variance derived here; Yang
+    and Schoenholz 2017 for the length map v <- v + 2 scale m E phi + scale^2 E phi^2, m <- m + scale E phi,
+    h ~ N(0, sigma_w^2 v + sigma_b^2), m the mean over the units.
+
+    Raises:
+        ValueError: branches without slope, depth or width below one, a negative sigma.
 
     Example:
         >>> law = residual_spectrum("tanh", depth=100, width=500, sigma_w=1.0, scale=0.1)
@@ -50,37 +55,17 @@ def residual_spectrum(
     sigma_w, sigma_b, scale = (
         checked_sigma("sigma_w", sigma_w), checked_sigma("sigma_b", sigma_b), checked_sigma("scale", scale)
     )  # fmt: skip
-    v, m, spread, shares = float(input_second_moment), 0.0, 0.0, []
-    for _ in range(depth):
-        q = sigma_w**2 * v + sigma_b**2
-        share = scale**2 * sigma_w**2 * slope_moment(phi, q)
-        shares.append(share)
-        if share > 0.0:
-            spread += (2.0 * share + share**2 * (1.0 + slope_variance(phi, q))) / (1.0 + share) ** 2
-        mean = mean_value(phi, q)
-        v += 2.0 * scale * m * mean + scale**2 * second_moment(phi, q)
-        m += scale * mean
-    c = float(np.sum(np.log1p(shares)))
-    if c == 0.0:
+    if sigma_w * scale == 0.0:
         raise ValueError("the branches have no slope: the Jacobian is the identity.")
-    law = smooth_limit(2.0 * c, c)
-    return Prediction(
-        measure=law,
-        scalars={
-            "mean": law.mean,
-            "variance": law.mean**2 * spread,
-            "chi": float(np.exp(c / depth)),
-            "cumulated_branch": c,
-            "q_final": sigma_w**2 * v + sigma_b**2,
-            "largest_eigenvalue": law.bounds()[1],
-            "condition": float(np.sqrt(law.bounds()[1] / law.bounds()[0])),
-        },
-        assumptions=(
-            "Gaussian weights, independent of the signal, at initialisation",
-            f"many layers with a small branch each: the largest share here is {max(shares):.3g}",
-        ),
-        reference="Tarnowski et al. 2019, eq. (20)",
-    )
+    weights = Layer(width, width, phi, sigma_w, sigma_b)
+    block = Residual((weights, Layer(width, width, None, 1.0, ensemble=PointMass(scale**2))))
+    architecture = Architecture((block,) * depth, input_second_moment=input_second_moment)
+    law, signals = jacobian_spectrum(architecture), propagate(architecture)
+    shares = [branch_gain(block, signal) for signal in signals]
+    cumulated = float(np.sum(np.log1p(shares)))
+    scalars = {key: value for key, value in law.scalars.items() if "/" not in key}
+    scalars |= {"cumulated_branch": cumulated, "q_final": sigma_w**2 * signals[-1].q + sigma_b**2}
+    return replace(law, scalars=scalars)
 
 
 def normalised_chi(
