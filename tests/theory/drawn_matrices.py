@@ -9,14 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from torch_rmt.measures import PointMass
 from torch_rmt.theory import (
+    Architecture,
+    Layer,
     Prediction,
+    Residual,
     SphericalSpinGlass,
+    as_activation,
     conjugate_kernel_spectrum,
     deep_fisher_spectrum,
     fisher_spectrum,
     gram_spectrum,
     hessian_spectrum,
+    jacobian_spectrum,
     neural_tangent_spectrum,
 )
 
@@ -244,10 +250,38 @@ class SpinGlassCase:
 
 
 @dataclass(frozen=True)
+class ResidualCase:
+    """J^T J of a chain of blocks x + W_2 phi(W_1 x / |x|)."""
+
+    activation: str
+    depth: int
+    scale: float
+
+    def predict(self, n: int) -> Prediction:
+        norm = Layer(n, n, None, 1.0, ensemble=PointMass(1.0), normalisation="rms")
+        inner = Layer(n, n, as_activation(self.activation), 1.0)
+        block = Residual((norm, inner, Layer(n, n, None, self.scale)))
+        return jacobian_spectrum(Architecture((block,) * self.depth, input_second_moment=1.0))
+
+    def draw(self, n: int, generator: torch.Generator) -> np.ndarray:
+        x, jacobian = normal(generator, n), torch.eye(n, dtype=torch.float64)
+        x = x / x.pow(2).mean() ** 0.5
+        for _ in range(self.depth):
+            root = x.pow(2).mean() ** 0.5
+            first, second = normal(generator, n, n) / n**0.5, self.scale * normal(generator, n, n) / n**0.5
+            h = (first @ x / root).requires_grad_(True)
+            y = TORCH_ACTIVATIONS[self.activation](h)
+            (slope,) = torch.autograd.grad(y.sum(), h)
+            jacobian = jacobian + second @ (slope[:, None] * (first @ jacobian)) / root
+            x = x + second @ y.detach()
+        return torch.linalg.svdvals(jacobian).flip(0).numpy() ** 2
+
+
+@dataclass(frozen=True)
 class PredictionRow:
     """A prediction, the thing itself, three sizes, seeds a size, and the exponent at which W1 falls with the size."""
 
-    case: GramCase | KernelCase | HessianCase | FisherCase | DeepFisherCase | SpinGlassCase
+    case: GramCase | KernelCase | HessianCase | FisherCase | DeepFisherCase | SpinGlassCase | ResidualCase
     sizes: tuple[int, int, int] = (40, 80, 160)
     seeds: int = 4
     rate: float = 1.0
@@ -293,5 +327,6 @@ PREDICTIONS: dict[str, PredictionRow] = {
     "deep fisher relu": PredictionRow(
         DeepFisherCase("relu", 3, 2.0**0.5), sizes=(24, 64, 160), seeds=24, rate=0.5, constant=1.9
     ),
+    "residual blocks": PredictionRow(ResidualCase("relu", 4, 0.7), seeds=8, constant=5.5),
     "spin glass": PredictionRow(SpinGlassCase(), sizes=(24, 48, 96), constant=5.0),
 }
