@@ -23,6 +23,7 @@ from torch_rmt.theory import (
     TracyWidom,
     conjugate_kernel_spectrum,
     deep_fisher_spectrum,
+    deep_fisher_statistics,
     fisher_spectrum,
     gradient_norm_law,
     gram_spectrum,
@@ -269,6 +270,51 @@ def spike_figure(n: int, path: Path) -> None:
     plt.close(fig)
 
 
+def drawn_statistics(width: int, samples: int) -> list[float]:
+    """Mean, second moment and largest eigenvalue of the Fisher matrix of one drawn network, from its dual."""
+    weights = [1.4 * normal(width, width) / width**0.5 for _ in range(3)]
+    weights.append(1.4 * normal(1, width) / width**0.5)
+    biases = [0.5 * normal(len(weight), 1) for weight in weights]
+    x = normal(width, samples)
+    inputs, slopes = [x / (x**2).mean(dim=0).sqrt()], []
+    for weight, bias in zip(weights[:-1], biases, strict=False):
+        inputs.append(torch.tanh(weight @ inputs[-1] + bias))
+        slopes.append(1.0 - inputs[-1] ** 2)
+    back, dual = torch.ones(1, samples, dtype=torch.float64), torch.zeros(samples, samples, dtype=torch.float64)
+    for k in range(3, -1, -1):
+        dual += (back.T @ back) * (inputs[k].T @ inputs[k] + 1.0)
+        if k:
+            back = (weights[k].T @ back) * slopes[k - 1]
+    parameters = sum(weight.numel() + len(weight) for weight in weights)
+    values = torch.linalg.eigvalsh(dual / samples)
+    return [float(values.sum()) / parameters, float((values**2).sum()) / parameters, float(values[-1])]
+
+
+def statistics_figure(widths: list[int], draws: int, path: Path) -> None:
+    samples = 20
+    stated = [
+        deep_fisher_statistics("tanh", widths=(n, n, n, n, 1), n_samples=samples, sigma_w=1.4, sigma_b=0.5)
+        for n in widths
+    ]
+    drawn = np.array([[drawn_statistics(n, samples) for _ in range(draws)] for n in widths])
+    predicted = [(law.mean, law.second_moment, law.largest_eigenvalue) for law in stated]
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.2))
+    for k, label in enumerate(("mean eigenvalue", "mean square eigenvalue", "largest eigenvalue")):
+        axes[k].errorbar(
+            widths, drawn[:, :, k].mean(axis=1), drawn[:, :, k].std(axis=1), fmt="o", color="0.5", label="drawn"
+        )
+        axes[k].plot(widths, [law[k] for law in predicted], label="predicted")
+        axes[k].set(xlabel="width", ylabel=label, xscale="log", yscale="log")
+        axes[k].minorticks_off()
+        axes[k].set_xticks(widths, [str(n) for n in widths])
+        axes[k].legend()
+    rate = ", ".join(f"{law.max_stable_lr:.2g}" for law in stated)
+    fig.suptitle(f"Fisher matrix of four tanh layers with biases, 20 samples; learning-rate bounds {rate}", fontsize=9)
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 def complexity_figure(path: Path) -> None:
     glass = SphericalSpinGlass(3)
     u = np.linspace(-1.02 * glass.ground_state_energy, -0.97 * glass.threshold_energy, 300)
@@ -280,7 +326,7 @@ def complexity_figure(path: Path) -> None:
         ax.axvline(low, color="0.85", zorder=0)
     ax.axvline(-glass.threshold_energy, color="0.5", zorder=0)
     ax.axhline(0.0, color="0.5", linewidth=0.5)
-    ax.set_title("Cubic spin glass: critical points by index; bands between -E_0 and -E_inf")
+    ax.set_title("Cubic spin glass: critical points by index; bands between -E_0 and -E_inf", fontsize=9)
     ax.set_xlabel("energy per spin")
     ax.set_ylabel("complexity")
     ax.set_ylim(bottom=-0.02)
@@ -309,6 +355,10 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     largest_eigenvalue_figure(20 if options.quick else 40, 60 if options.quick else 600, written[-3])
     spike_figure(60 if options.quick else 400, written[-2])
     complexity_figure(written[-1])
+    written.append(options.out / "deep_fisher_statistics.png")
+    statistics_figure(
+        [16, 32, 64] if options.quick else [25, 50, 100, 200, 400], 4 if options.quick else 40, written[-1]
+    )
     print("\n".join(str(path) for path in written))
     return written
 
