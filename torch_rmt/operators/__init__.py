@@ -23,6 +23,7 @@ from torch_rmt.operators.plan import (
     lanczos_route,
     plan,
     product_bytes,
+    room_beside,
 )
 from torch_rmt.operators.sharded import ShardedHessian
 from torch_rmt.operators.sweep import (
@@ -75,6 +76,7 @@ __all__ = [
     "partial_jacobian_norms",
     "plan",
     "product_bytes",
+    "room_beside",
     "single_layers",
     "to_scipy",
     "unsharded",

@@ -165,7 +165,7 @@ class Curvature(SymmetricOfModel):
             return columns
         if self._choice is None:
             self._in_memory(torch.ones(1, self.shape[0], dtype=self.dtype, device=self.device))
-        width = self.footprint().width(columns, self.max_memory)
+        width = min(columns, self.footprint().width(columns, self.max_memory))
         if width < columns:
             how = f"{max(1, width)} at a time" + (", and the result alone is too large" if width == 0 else "")
             self._note("max_memory: vectors", f"are multiplied {how}")

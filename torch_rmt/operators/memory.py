@@ -38,23 +38,25 @@ class Footprint:
         """Bytes of a product with so many columns, `width` at a time; the vectors given are not counted."""
         block = _BLOCK_OVER_FORWARD * self.largest * (width - 1) if self.vmapped else 0
         graphs = KEPT_OVER_FORWARD * self.kept + _PRODUCT_OVER_FORWARD * self.largest
-        return int(graphs + block + (2 * columns + 2 * width + 4) * self.vector)
+        return int(graphs + block + (2 * columns + 2 * width + 12) * self.vector)
 
     def width(self, columns: int, max_memory: int) -> int:
         """How many of so many columns may be multiplied at a time; 0 if not even one."""
         spare = max_memory - self.product(columns)
         each = 2 * self.vector + (_BLOCK_OVER_FORWARD * self.largest if self.vmapped else 0)
-        return 0 if spare < 0 else min(columns, 1 + int(spare / max(1.0, each)))
+        return 0 if spare < 0 else 1 + int(spare / max(1.0, each))
 
 
 def saved_bytes(pure: PureModel, inputs: object) -> int:
     """Bytes that one forward pass keeps for its backward pass, parameters not counted."""
     seen: dict[int, int] = {}
 
+    nothing = torch.empty(0)  # a hook that gave the tensor back would tie the graph to itself for ever
+
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
-        return t
+        return nothing
 
     leaves = tuple(p.detach().requires_grad_() for p in pure.params)
     own = {p.untyped_storage().data_ptr() for p in leaves}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from torch_rmt.operators.pure import first_tensor, nearest, tree_map
 
@@ -101,3 +102,14 @@ def check_called(place: Place, calls: int, asked: str) -> None:
             f"module {place.name!r} is called {calls} times in one forward pass; say which call, as in "
             f"'{place.name}#1' to '{place.name}#{calls}'"
         )
+
+
+def leaves(names: dict[nn.Module, str]) -> list[nn.Module]:
+    """Modules without children; what parametrises a weight (`weight_norm`, `orthogonal`) is part of its module."""
+    inner = {m for m in names if isinstance(m, ParametrizationList) for m in m.modules()}
+    return [m for m in names if names[m] and m not in inner and not (set(m.children()) - _parametrisations(m))]
+
+
+def _parametrisations(module: nn.Module) -> set[nn.Module]:
+    held = getattr(module, "parametrizations", None)
+    return {held} if isinstance(held, nn.ModuleDict) else set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -236,6 +237,22 @@ def product_bytes(operator: LinearOperator, columns: int) -> int:
     if isinstance(operator, Curvature | NeuralTangentKernel):
         return operator.footprint().product(columns)
     return 2 * columns * vector
+
+
+def keeping_to(operator: LinearOperator, max_memory: int | None) -> AbstractContextManager[None]:
+    """Context in which products take at most so many bytes, where the operator can be told."""
+    if isinstance(operator, Curvature | NeuralTangentKernel):
+        return operator.within(max_memory)
+    return nullcontext()
+
+
+def room_beside(operator: LinearOperator, max_memory: int) -> int:
+    """Bytes left for an estimator's own vectors; batches are cut in thought where graphs take more than half."""
+    spare = max_memory - product_bytes(operator, 0)
+    if 2 * spare >= max_memory:
+        return spare
+    with keeping_to(operator, max_memory // 2):
+        return max(spare, max_memory - product_bytes(operator, 0))
 
 
 @cache

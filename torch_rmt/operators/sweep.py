@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from torch_rmt.operators.batches import sample_count
 from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import Loss, checked_loss
+from torch_rmt.operators.memory import Footprint, saved_bytes
 from torch_rmt.operators.places import (
     Place,
     check_called,
     find_place,
     hooked,
+    leaves,
     replace_first,
     tensor_at,
 )
@@ -53,17 +54,6 @@ class LayerNorms:
     values: Float[Tensor, " layers"]
     errors: Float[Tensor, " layers"]
     exact: bool
-
-
-def _leaves(names: dict[nn.Module, str]) -> list[nn.Module]:
-    """Modules without children; what parametrises a weight (`weight_norm`, `orthogonal`) is part of its module."""
-    inner = {m for m in names if isinstance(m, ParametrizationList) for m in m.modules()}
-    return [m for m in names if names[m] and m not in inner and not (set(m.children()) - _parametrisations(m))]
-
-
-def _parametrisations(module: nn.Module) -> set[nn.Module]:
-    held = getattr(module, "parametrizations", None)
-    return {held} if isinstance(held, nn.ModuleDict) else set()
 
 
 def _gaussian(like: Tensor) -> Tensor:
@@ -125,7 +115,7 @@ class _Passes:
         module = self.pure.module
         asked = None if layers is None else [find_place(module, name) for name in layers]
         names = {m: name for name, m in reversed(list(module.named_modules()))}
-        wanted = _leaves(names) if asked is None else [p.module for p in asked]
+        wanted = leaves(names) if asked is None else [p.module for p in asked]
         order: list[nn.Module] = []
         with self.pure.guarded(), torch.no_grad(), ExitStack() as stack:
             for m in set(wanted):
@@ -187,22 +177,43 @@ class _Passes:
                 "model.eval(), or use Jacobian(..., sample=i), which holds the other samples fixed"
             )
 
+    def at_once(self, columns: int, max_memory: int | None) -> int:
+        """How many of so many tangents go through the network at the same time."""
+        if max_memory is None:
+            return min(columns, _CHUNK)
+        vector = self.samples * sum(self.sizes()) * self.point.element_size()
+        saved = saved_bytes(self.pure, self.inputs) + vector
+        footprint = Footprint(saved, saved, vector, vmapped=True)
+        width = footprint.width(0, max_memory - columns * vector)
+        if width == 0:
+            raise ValueError(
+                f"the Jacobians of {len(self.places)} layers and {self.samples} samples take "
+                f"{columns * vector + footprint.product(0)} bytes, {max_memory} are allowed: name fewer layers, take "
+                "fewer samples, or estimate their norms with partial_jacobian_norms"
+            )
+        return min(columns, width, _CHUNK)
+
     def sizes(self) -> list[int]:
         """Number of scalars a sample at each place."""
         return [shape.numel() // self.samples for shape in self.shapes]
 
 
 def input_to_layers(
-    model: nn.Module, inputs: Any, layers: Sequence[str] | None = None, *, source: str | None = None
+    model: nn.Module,
+    inputs: Any,
+    layers: Sequence[str] | None = None,
+    *,
+    source: str | None = None,
+    max_memory: int | None = None,
 ) -> dict[str, Float[Tensor, "samples _ source"]]:
     """Jacobians from one source to every layer, `{layer: (samples, layer size, source size)}`, in one sweep.
 
     `source` is a module name (its output), None the input; `layers` are module names, None every leaf module
     in the order of the forward pass whose output has the samples first. One tangent pass for each source
-    coordinate, whatever the number of layers.
+    coordinate, whatever the number of layers. `max_memory` bounds the bytes, result included.
 
     Raises:
-        ValueError: unknown names, an empty batch, samples that depend on one another.
+        ValueError: unknown names, an empty batch, samples that depend on one another, too few bytes.
         TypeError: an integer source.
 
     Example:
@@ -214,11 +225,13 @@ def input_to_layers(
     passes = _Passes(model, inputs, layers, source)
     products = passes.forward_products()
     n = passes.point[0].numel()
-    blocks = []
-    for basis in torch.split(torch.eye(n, dtype=passes.point.dtype, device=passes.point.device), _CHUNK):
+    columns = passes.point.new_empty(n, passes.samples, sum(passes.sizes()))
+    width = passes.at_once(n, max_memory)
+    for start in range(0, n, width):
+        basis = torch.zeros(min(width, n - start), n, dtype=passes.point.dtype, device=passes.point.device)
+        basis[:, start:].fill_diagonal_(1.0)
         tangents = basis.reshape(-1, 1, *passes.point.shape[1:]).expand(-1, *passes.point.shape)
-        blocks.append(products.push((tangents,))[0])
-    columns = torch.cat(blocks)
+        columns[start : start + width] = products.push((tangents,))[0]
     pieces = torch.split(columns, passes.sizes(), dim=2)
     return {passes.label(p): t.permute(1, 2, 0) for p, t in zip(passes.places, pieces, strict=True)}
 
@@ -230,14 +243,15 @@ def layers_to_output(
     *,
     loss: Loss | None = None,
     targets: Any = None,
+    max_memory: int | None = None,
 ) -> dict[str, Float[Tensor, "samples target _"]]:
     """Jacobians from every layer to the output, `{layer: (samples, output size, layer size)}`.
 
     With a `loss` and `targets` the target is the loss instead: one row, the gradient of the batch's loss by
-    each sample's layer output.
+    each sample's layer output. `max_memory` bounds the bytes, result included.
 
     Raises:
-        ValueError: unknown names, an empty batch, samples that depend on one another, a non-finite loss.
+        ValueError: unknown names, an empty batch, coupled samples, a non-finite loss, too few bytes.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 2, bias=False))
@@ -265,12 +279,14 @@ def layers_to_output(
             only = torch.zeros_like(value)
             only[0] = _gaussian(only[0])
             passes.refuse_coupling(products.pull((only.unsqueeze(0),))[0][0])
-    blocks = [products.pull((block,)) for block in torch.split(cotangents, _CHUNK)]
-    results = {}
-    for index, place in enumerate(passes.places):
-        rows = torch.cat([b[index] for b in blocks])
-        results[passes.label(place)] = rows.reshape(rows.shape[0], passes.samples, -1).transpose(0, 1)
-    return results
+    count = len(cotangents)
+    found = [passes.point.new_empty(count, passes.samples, size) for size in passes.sizes()]
+    width = passes.at_once(count, max_memory)
+    for start in range(0, count, width):
+        some = slice(start, start + width)
+        for rows, part in zip(found, products.pull((cotangents[some],)), strict=True):
+            rows[some] = part.reshape(part.shape[0], passes.samples, -1)
+    return {passes.label(place): rows.transpose(0, 1) for place, rows in zip(passes.places, found, strict=True)}
 
 
 def single_layers(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Float[Tensor, "samples _ _2"]]:

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from torch_rmt.operators import Curvature, NeuralTangentKernel, exact_routes, is_out_of_memory, lanczos_route
+from torch_rmt.operators import (
+    Curvature,
+    NeuralTangentKernel,
+    exact_routes,
+    is_out_of_memory,
+    lanczos_route,
+    product_bytes,
+)
 from torch_rmt.spectra.exact import along
 from torch_rmt.spectra.slq import spectrum_within
 from torch_rmt.spectra.spectrum import Spectrum
@@ -24,11 +31,11 @@ def affordable_spectrum(
 
     Dense or dual (exact) are taken where they cost no more than that many products, by counted flops and bytes;
     otherwise stochastic Lanczos quadrature with as many products as the seconds allow, as predicted from the time
-    of one gradient. Running out of memory leads to the next smaller way. `method` says which way was taken,
-    `notes` what was given up.
+    of one gradient. `max_memory` bounds graphs and vectors; running out of memory leads to the next smaller way.
+    `method` says which way was taken, `notes` what was given up.
 
     Raises:
-        ValueError: not even one product fits the seconds.
+        ValueError: not even one product fits the seconds, or not even one probe the bytes.
 
     >>> from torch_rmt.operators import GaussNewton
     >>> batch = torch.randn(4, 400), torch.randn(4, 1)
@@ -55,17 +62,20 @@ def affordable_spectrum(
                 "samples, or fewer parameters (params=...)"
             )
         refused += (f"{budget} of {products} products: {max_seconds:.3g} s allow no more",)
-    if max_memory is not None and lanczos.bytes > max_memory:
-        refused += (f"{lanczos.bytes} bytes are predicted for {lanczos.name}, {max_memory} allowed",)
+    budget = min(budget, operator.shape[0] - 1) or 1
+    room, smallest = max_memory, product_bytes(operator, 8)
     while True:
         try:
-            found = spectrum_within(operator, generator, matvecs=min(budget, operator.shape[0] - 1) or 1)
+            found = spectrum_within(operator, generator, matvecs=budget, max_memory=room)
         except (RuntimeError, MemoryError) as problem:
-            if not is_out_of_memory(problem) or budget < 8:
+            if not is_out_of_memory(problem):
+                raise
+            used = room or smallest + 2 * budget * operator.shape[0] * operator.dtype.itemsize
+            if used // 2 < smallest:
                 raise
             problem.__traceback__ = None
-            budget //= 4
-            refused += (f"out of memory: {budget} products",)
+            room = used // 2
+            refused += (f"out of memory: planned again for {room} bytes",)
         else:
             notes = dict.fromkeys((*found.notes, *operator.notes, *refused))
             return replace(found, method=f"{found.method} ({lanczos})", notes=tuple(notes))

@@ -18,13 +18,14 @@ from torch_rmt.operators import (
     dual_gram,
     exact_routes,
     is_out_of_memory,
+    keeping_to,
 )
+from torch_rmt.operators.plan import COLUMNS_AT_ONCE
 from torch_rmt.spectra.probes import require_finite, require_size
 from torch_rmt.spectra.spectrum import Spectrum
 
 _LARGEST_DENSE_BYTES = 2 * 2**30  # of the float64 matrix; its decomposition takes about as much again
 _AT_ONCE = 64  # parameters up to which counting takes longer than doing
-_COLUMNS_AT_ONCE = 256  # found by tuning on a 2-core machine: wider blocks only cost memory
 
 
 def to_dense(operator: LinearOperator) -> Float[Tensor, "rows columns"]:
@@ -41,13 +42,12 @@ def to_dense(operator: LinearOperator) -> Float[Tensor, "rows columns"]:
         )
     if rows < columns and not operator.symmetric:
         return to_dense(operator.adjoint()).T
-    blocks = []
-    for start in range(0, columns, _COLUMNS_AT_ONCE):
-        width = min(_COLUMNS_AT_ONCE, columns - start)
+    dense = torch.empty(rows, columns, device=operator.device, dtype=operator.dtype)
+    for start in range(0, columns, COLUMNS_AT_ONCE):
+        width = min(COLUMNS_AT_ONCE, columns - start)
         unit = torch.zeros(columns, width, device=operator.device, dtype=operator.dtype)
         unit[start : start + width].fill_diagonal_(1.0)
-        blocks.append(operator.matmat(unit).detach())
-    dense = torch.cat(blocks, dim=1)
+        dense[:, start : start + width] = operator.matmat(unit).detach()
     require_finite(dense, operator)
     return dense
 
@@ -93,7 +93,12 @@ def along(
             others = " or ".join(str(r) for r in routes if r is not route)
             method = f"exact, {route}" + (f", rather than {others}" if others else "")
             try:
-                found = _by_dual(operator, max_memory) if route.name == "dual" else _by_dense(operator, method)
+                if route.name == "dual":
+                    found = _by_dual(operator, max_memory)
+                else:
+                    left = None if max_memory is None else max_memory - _matrix_bytes(operator)
+                    with keeping_to(operator, left):
+                        found = _by_dense(operator, method)
             except (RuntimeError, MemoryError, ValueError) as problem:
                 refused = isinstance(problem, ValueError) and (route.name == "dual" or "would take" in str(problem))
                 if not (refused or is_out_of_memory(problem)):
@@ -107,6 +112,12 @@ def along(
         f"no exact spectrum of an operator of shape {operator.shape} fits ({'; '.join(notes)}): take fewer samples, "
         "or estimate it with affordable_spectrum() or SLQ(), its extreme eigenvalues with top_eigenvalues()"
     )
+
+
+def _matrix_bytes(operator: LinearOperator) -> int:
+    """Of the matrix and the columns at hand while it is written out."""
+    n, item = operator.shape[1], operator.dtype.itemsize
+    return n * item * (n + 2 * min(n, COLUMNS_AT_ONCE))
 
 
 def _by_dual(operator: Curvature | NeuralTangentKernel, max_memory: int | None) -> Spectrum:

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_rmt.operators import keeping_to, room_beside
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.gram import Gram
-from torch_rmt.spectra.probes import column_norms, require_finite, require_size, sphere
+from torch_rmt.spectra.probes import column_dots, column_norms, require_finite, require_size, sphere
 
 End = Literal["magnitude", "largest", "smallest", "both"]
 
@@ -52,6 +53,7 @@ def top_eigenvalues(
     end: End = "magnitude",
     block: int = 1,
     max_matvecs: int | None = None,
+    max_memory: int | None = None,
 ) -> ExtremeEigenvalues:
     """Find the k eigenvalues largest in magnitude (or at an end), to |A x - value x| <= tolerance |value|.
 
@@ -69,8 +71,10 @@ def top_eigenvalues(
         end: "magnitude"; "largest" or "smallest" algebraically; "both": the k largest, then the k smallest.
         block: columns a product; at least the multiplicity looked for.
         max_matvecs: give up beyond; the result then says converged=False. Default 40 times the basis.
+        max_memory: bytes for graphs, basis and vectors; a smaller basis costs more products.
 
-    Raises ValueError for k or `block` below one or above the dimension, or products that are not finite.
+    Raises ValueError for k or `block` below one or above the dimension, products that are not finite, or a smallest
+    basis that does not fit `max_memory`.
 
     >>> from torch_rmt.spectra import DenseOperator
     >>> operator = DenseOperator(torch.diag(torch.tensor([-3.0, 1.0, 2.0, 0.5])), symmetric=True)
@@ -85,23 +89,33 @@ def top_eigenvalues(
         raise ValueError(f"cannot find {wanted} eigenvalues in blocks of {block} of an operator of dimension {dim}")
     room = max(2 * wanted + 2 * block, min(_BASIS, _BASIS_BYTES // (dim * operator.dtype.itemsize)))
     room = min(dim, room)
+    if max_memory is not None:
+        room = _room(operator, room, min(dim, 2 * wanted + 2 * block), wanted, block, max_memory)
     limit = (40 * room if max_matvecs is None else max_matvecs) // price - wanted  # the last for the check
-    search = _Search(target, room, block, generator)
-    while True:
-        affordable = (limit - search.products) // block
-        advanced = search.expand(max(1, min(_PRODUCTS_BETWEEN_LOOKS // block, affordable)))
-        values, vectors, residuals = search.ritz_pairs()
-        best = _best(values, min(wanted, len(values)), end)
-        slack = search.slack(values[best], tolerance)
-        done = len(best) == wanted and bool((residuals[best] <= slack).all())
-        done = done and search.explored(wanted)
-        exhausted = search.products + search.block > limit or advanced == 0
-        if done or exhausted or search.complete:
-            break
-        if search.full:
-            keep = min(max(wanted + 2 * block, room // 2), room - 2 * block)
-            search.restart(vectors[:, _best(values, keep, end)])
-    return _checked(target, search, vectors[:, best], tolerance, (search.products + wanted) * price, end)
+    with keeping_to(operator, None if max_memory is None else max_memory - _held(operator, room, block)):
+        search = _Search(target, room, block, generator)
+        coordinates = search.run(wanted, limit, tolerance, end)
+        return _checked(target, search, coordinates, tolerance, (search.products + wanted) * price, end)
+
+
+def _held(operator: LinearOperator, room: int, block: int) -> int:
+    """Bytes of a basis with room for so many vectors, of its restart, and of the block at work."""
+    return (3 * room // 2 + 10 * block) * operator.shape[1] * operator.dtype.itemsize
+
+
+def _room(operator: LinearOperator, wish: int, least: int, wanted: int, block: int, max_memory: int) -> int:
+    """Vectors of the basis that fit."""
+    vectors = (2 * max(wanted, block) + 3 * wanted) * operator.shape[1] * operator.dtype.itemsize
+    product = max_memory - room_beside(operator, max_memory) + vectors
+    need = product + _held(operator, least, block)
+    if need > max_memory:
+        raise ValueError(
+            f"{wanted} eigenvalues take at least {need} bytes and max_memory={max_memory} are allowed; ask for fewer, "
+            "or use smaller batches or fewer parameters (params=...)"
+        )
+    while product + _held(operator, wish, block) > max_memory:
+        wish -= 1
+    return wish
 
 
 class _Search:
@@ -128,6 +142,23 @@ class _Search:
         self.restarted = False
         self.filled = 0
         self.products = 0
+
+    def run(self, wanted: int, limit: int, tolerance: float, end: End) -> Float[np.ndarray, "m k"]:
+        """Expand and restart until so many pairs are found or `limit` products made; their coordinates."""
+        while True:
+            affordable = (limit - self.products) // self.block
+            advanced = self.expand(max(1, min(_PRODUCTS_BETWEEN_LOOKS // self.block, affordable)))
+            values, vectors, residuals = self.ritz_pairs()
+            best = _best(values, min(wanted, len(values)), end)
+            done = len(best) == wanted and bool((residuals[best] <= self.slack(values[best], tolerance)).all())
+            done = done and self.explored(wanted)
+            exhausted = self.products + self.block > limit or advanced == 0
+            if done or exhausted or self.complete:
+                found: Float[np.ndarray, "m k"] = vectors[:, best]
+                return found
+            if self.full:
+                keep = min(max(wanted + 2 * self.block, self.room // 2), self.room - 2 * self.block)
+                self.restart(vectors[:, _best(values, keep, end)])
 
     @property
     def full(self) -> bool:
@@ -248,8 +279,8 @@ def _checked(
     vectors = vectors / column_norms(vectors).to(vectors.dtype)
     images = operator.matmat(vectors).detach()
     require_finite(images, operator)
-    quotients = (vectors.double() * images.double()).sum(dim=0)
-    left = column_norms(images.double() - vectors.double() * quotients)
+    quotients = column_dots(vectors, images)
+    left = torch.cat([column_norms(images[:, [j]].double() - vectors[:, [j]] * q) for j, q in enumerate(quotients)])
     values, residuals = torch.stack([quotients, left]).cpu().numpy()
     scale = float(search.scale)
     slack = search.slack(values / scale, tolerance) * scale

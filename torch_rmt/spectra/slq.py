@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_rmt.operators import keeping_to, room_beside
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.block_slq import BlockSLQ
 from torch_rmt.spectra.exact import exact
@@ -21,6 +22,7 @@ from torch_rmt.spectra.probes import require_size, sphere
 from torch_rmt.spectra.spectrum import Spectrum
 
 _BASIS_BYTES = 2**31  # of the shared Krylov space
+_VECTORS_PER_COLUMN = 10  # of a block that is orthogonalised, measured as live bytes
 _CHEAP_BASIS_BYTES = 2**24  # below this, full reorthogonalisation costs less than a product; found by tuning
 _SHORTEST_TAIL = 128  # rows; found by tuning: more only cost memory
 _VECTOR_BYTES = 2**30  # the recurrence's own vectors of one block of probes stay below this
@@ -53,6 +55,7 @@ class SLQ:
             not; None means "full" where the basis is so small that it costs nothing, else "none".
             The density hardly gains (Ritz values without ghosts do); for A that is not symmetric "selective"
             is taken as "full".
+        max_memory: bytes for graphs and vectors: fewer probes run at a time. Raises ValueError if one does not fit.
 
     >>> from torch_rmt.spectra import DenseOperator
     >>> identity = DenseOperator(torch.eye(50, dtype=torch.float64), symmetric=True)
@@ -65,6 +68,7 @@ class SLQ:
     depth: int = 64
     deflate: int = 0
     reorthogonalise: Reorthogonalise | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.probes < 1 or self.depth < 1:
@@ -80,8 +84,8 @@ class SLQ:
         and untrained networks, is a depth of 2.2 times the square root of the budget.
 
         >>> SLQ.for_budget(30), SLQ.for_budget(800)
-        (SLQ(probes=2, depth=15, deflate=0, reorthogonalise=None), SLQ(probes=13, depth=61, deflate=0, \
-reorthogonalise=None))
+        (SLQ(probes=2, depth=15, deflate=0, reorthogonalise=None, max_memory=None), \
+SLQ(probes=13, depth=61, deflate=0, reorthogonalise=None, max_memory=None))
         """
         if matvecs < 1:
             raise ValueError(f"a budget is at least one product, got {matvecs}")
@@ -93,19 +97,18 @@ reorthogonalise=None))
         columns = require_size(operator)
         seed = generator.initial_seed()
         smaller = operator if operator.shape[1] <= operator.shape[0] else operator.adjoint()
-        known, spent, vectors = _outliers(smaller, self.deflate, generator)
+        known, spent, vectors = _outliers(smaller, self.deflate, generator, self.max_memory)
         dim = smaller.shape[1]
         steps = min(self.depth, dim - len(known))
-        how = self.reorthogonalise
-        if how is None:
-            how = "full" if dim * steps * operator.dtype.itemsize <= _CHEAP_BASIS_BYTES else "none"
-        block = _VECTOR_BYTES // ((4 if how == "none" else steps + 3) * dim * operator.dtype.itemsize)
-        block = max(1, min(self.probes, block))
+        how, block, notes = self._in_memory(smaller, steps, 0 if vectors is None else vectors.shape[1])
         rules = []
         for first in range(0, self.probes, block):
             count = min(block, self.probes - first)
             start = sphere(dim, count, generator, device=operator.device, dtype=operator.dtype)
-            rules.append(_rule(smaller, start, steps, vectors, how))
+            own = (_vectors(how, steps) * count + len(known)) * dim * operator.dtype.itemsize
+            with keeping_to(smaller, None if self.max_memory is None else self.max_memory - own):
+                rules.append(_rule(smaller, start, steps, vectors, how))
+                notes = tuple(dict.fromkeys((*notes, *getattr(operator, "notes", ()))))
         nodes = np.concatenate([rule[0] for rule in rules])
         weights = np.concatenate([rule[1] for rule in rules])
         zeros = columns - dim
@@ -123,17 +126,52 @@ reorthogonalise=None))
             method=method,
             seed=seed,
             symmetric=operator.symmetric,
+            notes=notes,
             known=len(certain),
             known_count=len(known) + zeros,
         )
 
+    def _in_memory(
+        self, operator: LinearOperator, steps: int, known: int
+    ) -> tuple[Reorthogonalise, int, tuple[str, ...]]:
+        """How to reorthogonalise and how many probes to run at a time, and what was given up for memory."""
+        vector = operator.shape[1] * operator.dtype.itemsize
+        how = self.reorthogonalise
+        if how is None:
+            how = "full" if vector * steps <= _CHEAP_BASIS_BYTES else "none"
+        if self.max_memory is None:
+            block = _VECTOR_BYTES // (_vectors(how, steps) * vector)
+            return how, max(1, min(self.probes, block)), ()
+        spare = room_beside(operator, self.max_memory) - known * vector
+        if self.reorthogonalise is None and spare < (_vectors(how, steps) + 2) * vector:
+            how = "none"
+        each = (_vectors(how, steps) + 2) * vector
+        if spare < each:
+            raise ValueError(
+                f"one probe takes {self.max_memory - spare + each} bytes and max_memory={self.max_memory} are allowed; "
+                "allow more, use smaller batches, fewer parameters (params=...), or reorthogonalise='none'"
+            )
+        block = min(self.probes, spare // each)
+        said = (f"{block} of {self.probes} probes at a time: {self.max_memory} bytes allow no more",)
+        return how, block, said if block < self.probes else ()
 
-def spectrum_within(operator: LinearOperator, generator: torch.Generator, *, matvecs: int) -> Spectrum:
+
+def _vectors(how: Reorthogonalise, steps: int) -> int:
+    """Vectors that a probe's recurrence holds."""
+    return 5 if how == "none" else steps + 8
+
+
+def spectrum_within(
+    operator: LinearOperator, generator: torch.Generator, *, matvecs: int, max_memory: int | None = None
+) -> Spectrum:
     """Spend at most about so many products on a spectrum, in the way that leaves the smallest error.
 
     Dense where the budget covers the dimension, since nothing is cheaper then; `BlockSLQ` where its basis takes
     at most 2 GiB. Otherwise, and for an operator that is not symmetric, SLQ, with a quarter of a budget from
-    100 products on spent on deflating outliers. A product with A^T A counts as two.
+    100 products on spent on deflating outliers. A product with A^T A counts as two. `max_memory` bounds the bytes of
+    graphs and vectors; `notes` say what was given up for it.
+
+    Raises ValueError if not even one probe fits.
 
     >>> from torch_rmt.spectra import DenseOperator
     >>> operator = DenseOperator(torch.diag(torch.arange(1.0, 31.0)), symmetric=True)
@@ -144,24 +182,33 @@ def spectrum_within(operator: LinearOperator, generator: torch.Generator, *, mat
     if matvecs >= min(operator.shape):
         return exact(operator)
     budget = max(1, matvecs // price)
-    if operator.symmetric and budget * operator.shape[1] * operator.dtype.itemsize <= _BASIS_BYTES:
-        return BlockSLQ.for_budget(budget)(operator, generator)
+    vector, shared = operator.shape[1] * operator.dtype.itemsize, BlockSLQ.for_budget(budget)
+    held = (budget + _VECTORS_PER_COLUMN * shared.probes) * vector
+    fits = max_memory is None or held + 2 * shared.probes * vector <= room_beside(operator, max_memory)
+    if operator.symmetric and fits and budget * vector <= _BASIS_BYTES:
+        with keeping_to(operator, None if max_memory is None else max_memory - held):
+            found = shared(operator, generator)
+            return replace(found, notes=tuple(dict.fromkeys((*found.notes, *getattr(operator, "notes", ())))))
+    given_up = () if fits else (f"no shared Krylov space: it would take {held} bytes, max_memory={max_memory}",)
     for_outliers = int(_SHARE_FOR_DEFLATION * budget)
-    if budget < _BUDGET_FOR_DEFLATION:
-        return SLQ.for_budget(budget)(operator, generator)
-    plan = SLQ.for_budget(budget - for_outliers)
-    outliers = for_outliers // _PRODUCTS_PER_OUTLIER
-    return SLQ(probes=plan.probes, depth=plan.depth, deflate=outliers)(operator, generator)
+    if budget < _BUDGET_FOR_DEFLATION or max_memory is not None:  # the basis for outliers takes memory too
+        found = replace(SLQ.for_budget(budget), max_memory=max_memory)(operator, generator)
+    else:
+        plan = SLQ.for_budget(budget - for_outliers)
+        outliers = for_outliers // _PRODUCTS_PER_OUTLIER
+        found = SLQ(probes=plan.probes, depth=plan.depth, deflate=outliers)(operator, generator)
+    return replace(found, notes=(*found.notes, *given_up))
 
 
 def _outliers(
-    operator: LinearOperator, count: int, generator: torch.Generator
+    operator: LinearOperator, count: int, generator: torch.Generator, max_memory: int | None
 ) -> tuple[Float[np.ndarray, " known"], int, Float[Tensor, "dim known"] | None]:
     """Eigenvalues (of A^T A if A is not symmetric) to deflate, the products they cost and their vectors."""
     count = min(count, operator.shape[1] - 1)
     if count < 1:
         return np.zeros(0), 0, None
-    found = top_eigenvalues(operator, count, generator, tolerance=_DEFLATION_TOLERANCE, max_matvecs=6 * count + 10)
+    most, tolerance = 6 * count + 10, _DEFLATION_TOLERANCE
+    found = top_eigenvalues(operator, count, generator, tolerance=tolerance, max_matvecs=most, max_memory=max_memory)
     good = found.residuals <= 2.0 * _DEFLATION_TOLERANCE * np.abs(found.values)
     if not good.any():
         return np.zeros(0), found.matvecs, None
