@@ -20,6 +20,8 @@ Rule = tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]
 _SIZES = (12, 24, 48)
 _DIGITS = 34.0  # -log of the error of a rule: rounding
 _PANEL, _ORDER = 0.3, 14  # in units of the activation, whose own scale is one
+_BENT = 15.0  # beyond, an activation is straight, or turns (a sine) at extrema that are known
+_TURNS = 40  # more extrema than that, as of a sine of huge arguments, and the real axis has no short rule
 _BESIDE = np.array([-0.15, -0.06, -0.02, 0.0, 0.02, 0.06, 0.15])
 _FEW = 256  # points for which one rule costs less than sorting them by size
 
@@ -94,18 +96,24 @@ class FarNodeLaw(NodeLaw):
 def far_slope_law(activation: Activation, q: float, *, order: int) -> NodeLaw:
     """`slope_law`, with the rules for far arguments where it has many nodes."""
     law = slope_law(activation, q, order=order)
-    if len(law.nodes) <= _SIZES[-1]:
+    turns = corners(activation, float(np.sqrt(q)))
+    if len(law.nodes) <= _SIZES[-1] or len(turns) > _TURNS:
         return law
-    return FarNodeLaw(law.nodes, law.weights, law.atoms, law.ranges, law.floor, _real_rule(activation, q))
+    return FarNodeLaw(law.nodes, law.weights, law.atoms, law.ranges, law.floor, _real_rule(activation, q, turns))
 
 
-def _real_rule(activation: Activation, q: float) -> Rule:
+def _real_rule(activation: Activation, q: float, corners_of: list[float]) -> Rule:
     """s on the real axis, by panels fine enough for s^95, which peaks sharply at the extrema and kinks of s."""
     deviation = float(np.sqrt(q))
     reach = 9.2 * deviation
-    turns = np.array([*corners(activation, deviation), *activation.kinks])
-    edges = np.linspace(-reach, reach, int(2.0 * reach / min(_PANEL, deviation)) + 2)
-    edges = np.unique(np.concatenate([edges, (turns[:, None] + _BESIDE).ravel()]))
+    turns = np.array([*corners_of, *activation.kinks])
+    near = min(reach, _BENT)
+    fine = np.linspace(-near, near, int(2.0 * near / min(_PANEL, deviation)) + 2)
+    edges = np.unique(
+        np.concatenate(
+            [fine, np.linspace(-reach, reach, 64 if reach > near else 2), (turns[:, None] + _BESIDE).ravel()]
+        )
+    )
     edges = edges[np.abs(edges) <= reach]
     h, weights = panel_rule(edges[np.diff(edges, prepend=-np.inf) > 1e-6 * deviation], deviation, _ORDER)
     s = np.asarray(activation.derivative(h), dtype=np.float64) ** 2
