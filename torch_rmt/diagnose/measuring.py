@@ -39,6 +39,12 @@ class OneSample:
     source: str | None
     target: str | None
 
+    def assumptions(self, model: nn.Module) -> tuple[str, ...]:
+        """Which matrix it is, for the reader of a report on `model`."""
+        ends = f"the Jacobian of {self.target or 'the output'} by {self.source or 'the input'}, for one sample"
+        held = "batch norm held at the mean and variance of this batch"
+        return (ends,) if self.model is model else (ends, held)
+
 
 def one_sample(model: nn.Module, inputs: Any, source: str | None, target: str | None) -> OneSample:
     """Take the first sample of a batch, batch norms in training mode fixed at the batch's statistics.

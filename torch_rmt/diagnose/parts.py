@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,10 @@ def freeness_report(
     try:
         parts = [_spectrum(part, seed) for part in parts_of(one.graph, one.model, one.source, one.target)]
         size = independent_size_of(one.graph, one.model, one.source, one.target)
-        return freeness_gap(parts, whole, kind="product", name=name, size=size)
+        report = freeness_gap(parts, whole, kind="product", name=name, size=size)
+        assert report.prediction is not None
+        assumptions = (*one.assumptions(model), *report.prediction.assumptions)
+        return replace(report, prediction=replace(report.prediction, assumptions=assumptions))
     except (ValueError, ArithmeticError) as error:
         return compare(whole, None, name=name, reason=str(error).rstrip("."))
 

@@ -51,7 +51,9 @@ def jacobian_report(
             facts |= {"depth": depth} | ({"blocks": blocks} if blocks else {})
             facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
         size = independent_size_of(one.graph, one.model, one.source, one.target)
-        return compare(spectrum, jacobian_spectrum(architecture), name=name, facts=facts, size=size)
+        prediction = jacobian_spectrum(architecture)
+        prediction = replace(prediction, assumptions=(*one.assumptions(model), *prediction.assumptions))
+        return compare(spectrum, prediction, name=name, facts=facts, size=size)
     except (ValueError, ArithmeticError) as error:
         return compare(spectrum, None, name=name, facts=facts, reason=str(error).rstrip("."))
 
