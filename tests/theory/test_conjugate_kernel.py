@@ -87,6 +87,12 @@ def test_bad_sizes(bad: dict[str, object]) -> None:
         conjugate_kernel_spectrum("tanh", **settings)
 
 
+def test_biases_are_refused_with_advice() -> None:
+    for predict in (conjugate_kernel_spectrum, neural_tangent_spectrum):
+        with pytest.raises(ValueError, match="gram_spectrum"):
+            predict("tanh", widths=(10, 10), n_samples=10, sigma_b=0.1)
+
+
 def test_layers_of_an_even_activation_forget_what_came_before() -> None:
     """No linear part: every layer is Marchenko-Pastur of its own, and the tangent kernel one more, shifted."""
     widths, n = (120, 180, 120, 240), 60

@@ -26,6 +26,7 @@ def conjugate_kernel_spectrum(
     n_samples: int,
     sigma_w: float = 1.0,
     sigma_x: float = 1.0,
+    sigma_b: float = 0.0,
     input_law: SpectralMeasure | None = None,
 ) -> tuple[Prediction, ...]:
     """Predict the spectra of K_l = X_l^T X_l / n_l, (n_samples, n_samples), for every layer l = 1..L.
@@ -38,6 +39,7 @@ def conjugate_kernel_spectrum(
         n_samples: columns of X.
         sigma_w: scale of the weights.
         sigma_x: standard deviation of the inputs' entries.
+        sigma_b: must be zero; see `_no_biases`.
         input_law: law of K_0 = X^T X / n_0 for inputs that are nearly orthogonal and of mean square sigma_x^2; None:
         for
             independent entries, Marchenko-Pastur.
@@ -46,7 +48,7 @@ def conjugate_kernel_spectrum(
         One Prediction a layer, with scalars "mean", "eta", "zeta", "q", "largest_eigenvalue", "activation_mean".
 
     Raises:
-        ValueError: fewer than two widths, sizes below one, sigmas not positive.
+        ValueError: fewer than two widths, sizes below one, sigmas not positive, biases.
 
     Source: Fan and Wang 2020, Theorem 3.4.
 
@@ -54,6 +56,7 @@ def conjugate_kernel_spectrum(
     >>> round(second.measure.mean, 10) == round(second.scalars["eta"], 10)
     True
     """
+    _no_biases(sigma_b)
     phi = as_activation(activation)
     sizes = _sizes(widths, n_samples)
     base = _input_law(input_law, sizes, n_samples, sigma_x)
@@ -91,6 +94,7 @@ def neural_tangent_spectrum(
     sigma_w: float = 1.0,
     sigma_x: float = 1.0,
     n_outputs: int = 1,
+    sigma_b: float = 0.0,
     input_law: SpectralMeasure | None = None,
 ) -> Prediction:
     """Predict the spectrum of the neural tangent kernel J J^T over n_samples inputs.
@@ -115,6 +119,7 @@ def neural_tangent_spectrum(
     >>> p.measure.bounds()[0] > p.scalars["shift"] > 0.0
     True
     """
+    _no_biases(sigma_b)
     phi = as_activation(activation)
     sizes = _sizes(widths, n_samples)
     n_outputs = whole_number("n_outputs", n_outputs)
@@ -187,6 +192,20 @@ def _expected_error(
 def _sizes(widths: Sequence[int], n_samples: int) -> tuple[int, ...]:
     whole_number("n_samples", n_samples)
     return checked_widths(widths)
+
+
+def _no_biases(sigma_b: float) -> None:
+    """Refuse biases, which the recursion does not cover.
+
+    A neuron's bias is one number for all samples, so that its row has a covariance v(b) I + alpha(b) K + m(b)^2 1 1^T
+    of its own: the coefficients of the recursion would become averages over b of its solution (as in `GramBiasLaw`, one
+    layer), and averaging v and alpha over b first is wrong.
+    """
+    if sigma_b != 0.0:
+        raise ValueError(
+            f"there is no law of deep kernels with biases (sigma_b = {sigma_b}): set them to zero, or for one hidden "
+            "layer take gram_spectrum(..., sigma_b=...)"
+        )
 
 
 def _input_law(

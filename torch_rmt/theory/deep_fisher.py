@@ -37,6 +37,9 @@ def deep_fisher_spectrum(
     (the standard parametrisation); biases have variance sigma_b^2 and, where sigma_b > 0, are trained.
     Theta_l = (|x_{l-1}|^2/n + [biases]/n) I + W_l D_{l-1} Theta_{l-1} D_{l-1} W_l^T.
 
+    Slopes without bound (ReLU squared) have a law without upper end: its upper edge, largest eigenvalue and learning
+    rate are those of slopes cut at 9 standard deviations of the pre-activation.
+
     Args:
         ensemble: "gaussian" or "orthogonal".
         input_second_moment: mean square of the input's entries.
