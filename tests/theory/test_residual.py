@@ -126,6 +126,8 @@ def test_many_small_branches() -> None:
         limit = smooth_limit(2 * c, c)
         x = np.linspace(*limit.bounds(), 200)[1:-1]
         distances.append(np.abs(law.measure.cdf(x) - limit.cdf(x)).max())
+        low, high = law.measure.bounds()  # the edges are where the mass begins and ends
+        np.testing.assert_allclose(law.measure.cdf([low * 1.001, high * 0.999]), [0.0, 1.0], atol=1e-4)
     assert distances[1] < 0.02
     assert distances[1] / distances[0] == pytest.approx(0.25, abs=0.06)
 

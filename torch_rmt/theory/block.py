@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Complex, Float
 
 from torch_rmt.theory.chain import Chain
-from torch_rmt.theory.chain_parts import Bounds, Flags, Inner, Part, Points, Share, State, log_one_plus
+from torch_rmt.theory.chain_kind import Kind
+from torch_rmt.theory.chain_parts import Bounds, Flags, Inner, Part, Points, Share, State, joined, log_one_plus
 from torch_rmt.theory.series import Other, Series, multiply, power, revert
 from torch_rmt.theory.series import s_series as series_of
 from torch_rmt.theory.slope_law import x_log_x
@@ -209,7 +210,7 @@ class Block(Part):
         """(log u, unknowns) for u > 0: z above the law."""
 
         def curve(log_a: Knots) -> tuple[Knots, Rows]:
-            state = self.branch.real_state(log_a, 1.0)
+            state = self.branch.kept_state(log_a, 1.0)
             b = self.shortcut.roots(self._square(state))[0]
             return np.log(np.exp(log_a) + b), np.concatenate([[state.y, np.log(b) + 0j], state.v])
 
@@ -219,15 +220,18 @@ class Block(Part):
     @np.errstate(all="ignore")
     def _negative(self) -> tuple[Knots, Rows]:
         """(log(-u / (1 + u)), unknowns) for -1 < u < 0: z negative, z = -eta^2."""
-        log_eta = np.linspace(-60.0, 60.0, 241)
-        for _ in range(3):  # finer where the two b of one a meet
-            state = self.branch.start(2.0 * log_eta - self.log_scale)
-            below = 1.0 + 4.0 * self.shortcut.scale * self._square(state) < 0
-            fold = np.flatnonzero(below[1:] != below[:-1])
-            if self.shortcut.gaussian or not len(fold):
-                break
-            fine = [np.linspace(log_eta[i], log_eta[i + 1], 26)[1:-1] for i in fold]
-            log_eta = np.sort(np.concatenate([log_eta, *fine]))
+        grid = np.linspace(-120.0, 120.0, 241)  # log eta^2 in the branch's units
+        state = self.branch.kept_start(grid)
+        if not self.shortcut.gaussian:
+            for _ in range(2):  # finer where the two b of one a meet
+                below = 1.0 + 4.0 * self.shortcut.scale * self._square(state) < 0
+                fold = np.flatnonzero(below[1:] != below[:-1])
+                if not len(fold):
+                    break
+                fine = np.concatenate([np.linspace(grid[i], grid[i + 1], 26)[1:-1] for i in fold])
+                order = np.argsort(np.concatenate([grid, fine]), kind="stable")
+                grid = np.concatenate([grid, fine])[order]
+                state = joined(state, self.branch.start(fine), order)
         places, columns = [], []
         a, square = -np.exp(state.y.real), self._square(state)
         for b in self.shortcut.roots(square):
@@ -245,12 +249,12 @@ class Block(Part):
         """(log(-1 - u), unknowns) for u < -1: z between zero and a law that ends above it."""
 
         def within(grid: Knots) -> tuple[Knots, Rows]:  # below the branch's law
-            state = self.branch.real_state(np.log1p(np.exp(grid)), -1.0)
+            state = self.branch.kept_state(np.log1p(np.exp(grid)), -1.0)
             b = self.shortcut.roots(self._square(state))[0]
             return np.log(np.exp(grid) - b), np.concatenate([[state.y, np.log(b) - 2j * np.pi], state.v])
 
         def beyond(log_a: Knots) -> tuple[Knots, Rows]:  # above it, on the other side of the axis
-            state = self.branch.real_state(log_a, 1.0)
+            state = self.branch.kept_state(log_a, 1.0)
             upper, b = self.shortcut.roots(self._square(state))
             turned = np.where(self.branch.turn > 0, 2j * np.pi, -2j * np.pi)
             unknowns = [state.y - 2j * np.pi, np.log(-b) - 1j * np.pi]
@@ -321,6 +325,21 @@ class Block(Part):
         return np.asarray(multiply(composed[1:], (-1.0) ** np.arange(size - 1)))
 
 
+def sharing(block: Block, others: Sequence[Block]) -> Block:
+    """The block with the branch of another one that differs in its scale at most: its tables are made but once."""
+    return next((replace(block, branch=other.branch) for other in others if _same(block.branch, other.branch)), block)
+
+
+def _same(one: Chain, other: Chain) -> bool:
+    if one.terms != other.terms or one.lowest != other.lowest or len(one.kinds) != len(other.kinds):
+        return False
+    return all(
+        isinstance(a, Kind) and isinstance(b, Kind) and (a.scale, a.count) == (b.scale, b.count)
+        and np.array_equal(a.law.nodes, b.law.nodes) and np.array_equal(a.law.weights, b.law.weights)
+        for a, b in zip(one.kinds, other.kinds, strict=True)
+    )  # fmt: skip
+
+
 def _reflected(values: np.ndarray, turned: np.ndarray) -> np.ndarray:
     """Logarithms, those beyond the negative axis by their mirror images: arguments theta by 2 pi - theta."""
     sign = np.where(values.imag < 0, -1.0, 1.0)
@@ -329,15 +348,20 @@ def _reflected(values: np.ndarray, turned: np.ndarray) -> np.ndarray:
 
 def _rising(curve: Callable[[Knots], tuple[Knots, Rows]], grid: Reals) -> tuple[Knots, Rows]:
     """The curve at its first finite points, as long as its places rise; closer together where they stop."""
-    for _ in range(4):
-        places, rows = curve(grid)
+    places, rows = curve(grid)
+    for step in range(4):
         good = np.isfinite(places) & np.isfinite(rows).all(axis=0)
         grid, places, rows = grid[good], places[good], rows[:, good]
         falls = np.flatnonzero(~(np.diff(places) > 0))
-        if not len(falls) or falls[0] == 0:
+        if step == 3 or not len(falls) or falls[0] == 0:
             break
         at = int(falls[0])
-        grid = np.union1d(grid[: at + 2], np.linspace(grid[at - 1], grid[at + 1], 13))
+        fine = np.setdiff1d(np.linspace(grid[at - 1], grid[at + 1], 13), grid)
+        more, columns = curve(fine)
+        order = np.argsort(np.concatenate([grid[: at + 2], fine]), kind="stable")
+        grid = np.concatenate([grid[: at + 2], fine])[order]
+        places = np.concatenate([places[: at + 2], more])[order]
+        rows = np.concatenate([rows[:, : at + 2], columns], axis=1)[:, order]
     end = int(falls[0]) + 1 if len(falls) else len(places)
     return places[:end], rows[:, :end]
 

@@ -77,6 +77,13 @@ class Chain(ChainEquations):
             state = self.evaluate(new_y, (state.v + cut * dv).real + 1j * self.turn)
         return state
 
+    def kept_start(self, t: Reals) -> State:
+        """`start`, computed once for blocks that share a branch."""
+        key = 0.0, t.tobytes()
+        if key not in self._kept:
+            self._kept[key] = self.start(t)
+        return self._kept[key]
+
     def above(self, log_z: Points) -> tuple[State, Flags]:
         """The solution at log z in the strip 0 <= Im <= pi, and whether it is inside the half-planes.
 

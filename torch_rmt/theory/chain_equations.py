@@ -120,6 +120,17 @@ class ChainEquations:
         return self.evaluate(y - (0j if sign > 0 else 1j * np.pi), v)
 
     @cached_property
+    def _kept(self) -> dict[tuple[float, bytes], State]:
+        return {}
+
+    def kept_state(self, y: Reals, sign: float) -> State:
+        """`real_state`, computed once for blocks that share a branch."""
+        key = sign, y.tobytes()
+        if key not in self._kept:
+            self._kept[key] = self.real_state(y, sign)
+        return self._kept[key]
+
+    @cached_property
     def top(self) -> float:
         """log of the highest point of the spectrum: the least log z over real M > 0."""
         y = np.linspace(-35.0, 35.0, 36)

@@ -134,6 +134,12 @@ def take(state: State, where: np.ndarray, *, lost: bool = False) -> State:
     return State(*(getattr(part, name) * np.nan for name in _NAMES)) if lost else part
 
 
+def joined(first: State, second: State, order: np.ndarray) -> State:
+    """The points of both states, in an order."""
+    both = (np.concatenate([getattr(first, name), getattr(second, name)], axis=-1)[..., order] for name in _NAMES)
+    return State(*both)
+
+
 def put(state: State, where: np.ndarray, part: State) -> State:
     """The state with some of its points replaced."""
 

@@ -14,7 +14,7 @@ from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
 from torch_rmt.theory.architecture import Architecture, Layer, Residual
 from torch_rmt.theory.atomic_chain import AtomicChain
-from torch_rmt.theory.block import Block, Shortcut
+from torch_rmt.theory.block import Block, Shortcut, sharing
 from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.chain_kind import Kind
 from torch_rmt.theory.chain_parts import Term
@@ -247,7 +247,7 @@ def _collected(layers: tuple[Layer | Residual, ...], signals: tuple[Signal, ...]
             alike.setdefault(key, (layer.activation, []))[1].append(signal.q)
     for scale, pairs in blocks.items():
         for layer, signal, count in gathered(pairs):
-            block = residual_block(layer, signal).over(scale, count)
+            block = sharing(residual_block(layer, signal), factors.blocks).over(scale, count)
             factors.add_block(block)
             factors.log_scale -= count * float(np.log(block.mean))
         factors.log_scale += sum(float(np.log(sum_gain(layer, signal))) for layer, signal in pairs)
