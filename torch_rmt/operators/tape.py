@@ -177,7 +177,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise TapeError(f"{func} writes into other arguments than its first")
         if target in self.known:
             mine = self.family[self.known[target]]
-            if mine < 0 or sum(self.family[i] == mine for t, i in self.known.items()) > 1:
+            if sum(self.family[i] == mine for t, i in self.known.items()) > 1:
                 raise TapeError(f"{func} writes into memory that another tensor looks at")
         elif target.untyped_storage()._cdata in self.constants:
             raise TapeError(f"{func} writes into a constant")
