@@ -2,7 +2,7 @@
 
 The rows of PREDICTIONS of the tests, the deep Fisher law for eight activations at depth 3 and 8 with Gaussian and
 orthogonal weights, and the numbers that are no densities. Prints what misses the aim: 100 ms on one core, 200 ms with
-biases. OMP_NUM_THREADS=1 python benchmarks/network_laws.py [--repeats 5] from the root of the repository.
+biases. PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/network_laws.py [--repeats 5] from the root of the repository.
 """
 
 from __future__ import annotations
