@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from torch_rmt.guard import undisturbed
 from torch_rmt.operators import (
     AllReduced,
     EngineError,
@@ -20,6 +21,7 @@ from torch_rmt.operators import (
     GaussNewton,
     GradientCovariance,
     Hessian,
+    ShardedGaussNewton,
     ShardedHessian,
     dense,
     unsharded,
@@ -87,6 +89,18 @@ def _rank(rank: int, folder: str) -> None:
         assert torch.equal(p.to_local(), values)
         assert p.grad is gradient
     assert torch.equal(random_state, torch.get_rng_state())
+    for kind in ("exact", "empirical"):
+        products = ShardedGaussNewton(sharded, F.cross_entropy, (x[part], y[part]), kind=kind)
+        results[f"gauss-newton, {kind}"] = dense(products)
+        errors = []
+        for step in (1e-2, 1e-3):  # the order of the error: h^2
+            v = torch.linspace(-1, 1, products.shape[0], dtype=torch.float64)
+            with undisturbed(sharded):
+                errors.append(products._slope(v, step))
+        results[f"order, {kind}"] = torch.stack(errors)
+    for p, (values, gradient) in zip(sharded.parameters(), before, strict=True):
+        assert torch.equal(p.to_local(), values)
+        assert p.grad is gradient
     results["differences of rank 0 vectors"] = differences.matmat(V[: differences.shape[0]])
     try:
         ShardedHessian(sharded, F.cross_entropy, [(x, y)] * (1 + rank))
@@ -123,6 +137,12 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     trained = [n for n, _ in model.named_parameters() if n != "a.bias"]
     expected = dense(Hessian(model, F.cross_entropy, (x, y), trained))
     assert float((first["differences"] - expected).norm()) < 1e-6 * float(expected.norm())
+    for kind in ("exact", "empirical"):
+        expected = dense(Fisher(model, F.cross_entropy, (x, y), trained, kind=kind))
+        assert float((first[f"gauss-newton, {kind}"] - expected).norm()) < 1e-6 * float(expected.norm())
+        v = torch.linspace(-1, 1, expected.shape[0], dtype=torch.float64)
+        far, near = (float((image - expected @ v).norm()) for image in first[f"order, {kind}"])
+        assert 70 < far / near < 140
     expected = dense(Hessian(model, F.cross_entropy, (x, y), "*"))
     torch.testing.assert_close(first["sharded"], expected, rtol=1e-10, atol=1e-12)
 

@@ -25,7 +25,7 @@ from torch_rmt.operators.plan import (
     product_bytes,
     room_beside,
 )
-from torch_rmt.operators.sharded import ShardedHessian
+from torch_rmt.operators.sharded import ShardedGaussNewton, ShardedHessian
 from torch_rmt.operators.sweep import (
     LayerNorms,
     activation_slopes,
@@ -55,6 +55,7 @@ __all__ = [
     "Plan",
     "Route",
     "Scaled",
+    "ShardedGaussNewton",
     "ShardedHessian",
     "Transposed",
     "activation_slopes",
