@@ -148,7 +148,7 @@ def test_a_given_sigma_w_is_the_one_that_is_used() -> None:
 def test_the_fisher_law_has_the_unit_of_the_activation_squared(unit: float) -> None:
     tanh = as_activation("tanh")
     scaled = fisher_law(Activation("scaled", lambda h: unit * tanh.value(h), lambda h: unit * tanh.derivative(h)))
-    assert np.allclose(np.array(scaled.support()) / unit**2, fisher_law("tanh").support(), rtol=1e-8)
+    assert np.allclose(np.array(scaled.support()) / unit**2, fisher_law("tanh").support(), rtol=1e-8, atol=0.0)
     jump = Activation("jump", lambda h: unit * (h + np.sign(h)), lambda h: unit * np.ones_like(h), (0.0,))
     with pytest.raises(ValueError, match="jumps"):
         fisher_law(jump)
