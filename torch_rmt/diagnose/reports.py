@@ -110,7 +110,7 @@ def curvature_report(
     facts = _top(operator, seed)
     try:
         scale = wide_scale(model, batch[0], operator)
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, RuntimeError) as error:
         return compare(spectrum, None, name=name, facts=facts, reason=f"{reason} ({error})")
     return beside_a_wide_network(compare(spectrum, None, name=name, facts=facts, reason=reason), scale, note=note)
 
