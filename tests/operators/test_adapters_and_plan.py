@@ -63,6 +63,19 @@ def test_scipy_operators_come_in_and_go_out_again(dtype: Any) -> None:
         from_curvlinops(matrix)
 
 
+def test_complex_and_half_precision_at_the_border() -> None:
+    matrix = np.random.default_rng(0).standard_normal((4, 4))
+    with pytest.raises(TypeError, match=r"Re A, -Im A"):
+        from_scipy(matrix + 1j, symmetric=False)
+    A = to_scipy(from_scipy(matrix, symmetric=False))
+    v = np.random.default_rng(1).standard_normal((4, 2)) @ np.array([1.0, 2.0j])
+    np.testing.assert_allclose(A @ v, matrix @ v)
+    np.testing.assert_allclose(A.H @ v, matrix.T @ v)
+    half = to_scipy(Dense(torch.diag(torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.bfloat16)), symmetric=True))
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(eigsh(half, k=1)[0], [8.0], rtol=1e-2)
+
+
 def test_arithmetic_refuses_what_does_not_fit() -> None:
     a, b = Dense(torch.eye(2), symmetric=True), Dense(torch.ones(2, 3))
     with pytest.raises(ValueError, match="unequal shapes"):

@@ -61,6 +61,7 @@ def from_scipy(operator: Any, *, symmetric: bool, device: torch.device | str = "
 
     Raises:
         ValueError: declared symmetric and not square.
+        TypeError: a complex operator.
 
     Example:
         >>> from scipy.sparse import diags_array
@@ -74,6 +75,11 @@ def from_scipy(operator: Any, *, symmetric: bool, device: torch.device | str = "
     rows, columns = int(linear.shape[0]), int(linear.shape[1])
     if symmetric and rows != columns:
         raise ValueError(f"a {rows} x {columns} operator cannot be symmetric; pass symmetric=False")
+    if np.issubdtype(linear.dtype, np.complexfloating):
+        raise TypeError(
+            "the operator is complex, and operators here are real: pass [[Re A, -Im A], [Im A, Re A]], whose "
+            "eigenvalues are those of A and their conjugates"
+        )
     dtype = torch.float32 if linear.dtype == np.float32 else torch.float64
     place = torch.device(device)
 
@@ -95,18 +101,22 @@ def to_scipy(operator: LinearOperator) -> Any:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
     adjoint = operator.adjoint()
+    # NumPy has no bfloat16, and no LAPACK in half precision.
+    wide = torch.float64 if operator.dtype == torch.float64 else torch.float32
 
     def through(product: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
         def run(block: Any) -> Any:
+            if np.iscomplexobj(block):
+                return run(block.real) + 1j * run(block.imag)
             V = torch.as_tensor(np.ascontiguousarray(block), dtype=operator.dtype, device=operator.device)
             flat = V.ndim == 1
-            image = product(V.unsqueeze(1) if flat else V).detach().cpu().numpy()
+            image = product(V.unsqueeze(1) if flat else V).detach().cpu().to(wide).numpy()
             return image[:, 0] if flat else image
 
         return run
 
     forward, backward = through(operator.matmat), through(adjoint.matmat)
-    number = np.dtype(str(operator.dtype).removeprefix("torch."))
+    number = np.dtype(str(wide).removeprefix("torch."))
     return ScipyOperator(
         shape=operator.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=number
     )
