@@ -22,40 +22,6 @@ SUPREMUM = 1.15
 _POINTS = 16
 
 
-def scale_variance(architecture: Architecture, moments: tuple[float, ...]) -> float:
-    """Variance of the log of the scale of J^T J over drawn networks, to first order in 1 / width.
-
-    A layer's mean slope and mean signal are averages over its n units. With s = phi'^2, mu = E s, V = E phi^2 and G_l
-    the effect of q_l on the log scale, G_l = mu'_l / mu_l + G_{l+1} sigma_w^2 V'(q_l), the layer adds
-    Var[s / mu_l + G_{l+1} sigma_w^2 phi^2] / n_l, for orthogonal weights less the part along h^2. Derived here;
-    simulated in the tests.
-    """
-    total, following = 0.0, 0.0
-    gain_after = 0.0
-    for layer, q in zip(reversed(plain_layers(architecture)), reversed(moments), strict=True):
-        if layer.activation is None or q <= 0:
-            effect = 2.0 * (following * gain_after * q) ** 2 / layer.n_out if layer.activation is None else 0.0
-            total += effect
-            following = following * gain_after
-        else:
-            h, weights = gaussian_rule(q, layer.activation.kinks)
-            s = np.asarray(layer.activation.derivative(h)) ** 2
-            square = np.asarray(layer.activation.value(h)) ** 2
-            mu = float(weights @ s)
-            mixed = s / mu + following * gain_after * square
-            mixed = mixed - float(weights @ mixed)
-            own = float(weights @ mixed**2)
-            if layer.ensemble == "orthogonal":
-                # h lies on a sphere: what follows h^2 alone cannot fluctuate.
-                own -= float(weights @ (mixed * (h**2 / q - 1.0))) ** 2 / 2.0
-            total += own / layer.n_out
-            # d/dq E f(h) = E[(h^2 / q - 1) f] / 2q.
-            by_q = weights * (h**2 / q - 1.0) / (2.0 * q)
-            following = float(by_q @ s) / mu + following * gain_after * float(by_q @ square)
-        gain_after = layer.sigma_w**2 if isinstance(layer.ensemble, str) else layer.ensemble.mean
-    return total
-
-
 def expected_distance(architecture: Architecture, moments: tuple[float, ...], measure: SpectralMeasure) -> float:
     """Expected Kolmogorov distance between the law and the spectrum of one network of these widths.
 
@@ -76,7 +42,7 @@ def _response(architecture: Architecture, moments: tuple[float, ...], measure: J
     """Variance of F(t) at points through the spectrum."""
     zero = sum(mass for location, mass in measure.log_atoms if location == -np.inf)
     levels = zero + (1 - zero) * (np.arange(_POINTS) + 0.5) / _POINTS
-    t = np.asarray(measure.log_quantile(levels)) - measure.log_scale
+    t = measure.rough_log_quantile(levels) - measure.log_scale
     w, m = measure.solver.solve(t)
     found = np.isfinite(m) & (np.abs(m.imag) > 1e-9)
     if not found.any():
