@@ -27,8 +27,8 @@ NETWORKS = {
     "pre-norm perceptron": (pre_norm, (32, 96)),
     "scaled, hand-written norm": (scaled_by_hand, (32, 96)),
     "ResNet-20": (lambda width: ResNet(width, 3, "A"), (4, 8)),
-    "pre-activation ResNet": (lambda width: PreActivationResNet(width, 4), (4, 8)),
-    "transformer": (lambda width: Gpt(width, depth=1, length=8), (16, 32)),
+    "pre-activation ResNet": (lambda width: PreActivationResNet(width, 3), (8,)),
+    "transformer": (lambda width: Gpt(width, depth=1, length=8), (32,)),
 }
 
 
@@ -38,8 +38,11 @@ def inputs_of(net: nn.Module) -> torch.Tensor:
     return torch.randn(8, net.stem.in_features) if isinstance(net, ResidualPerceptron) else torch.randn(32, 1, 6, 6)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", NETWORKS)
+CASES = [(name, 0) for name in NETWORKS]
+CASES += [(name, seed) for name in ("pre-norm perceptron", "ResNet-20") for seed in (1, 2)]
+
+
+@pytest.mark.parametrize(("name", "seed"), CASES)
 def test_the_jacobian_has_the_predicted_law_and_free_parts(name: str, seed: int) -> None:
     make, widths = NETWORKS[name]
     distances = []
@@ -82,8 +85,10 @@ def test_inside_of_a_branch_no_advice_is_given_about_gradients() -> None:
     assert "over 3 blocks" in blocks.verdict
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
-@pytest.mark.parametrize(("seed", "ensemble"), [(0, "orthogonal"), (1, "gaussian"), (2, "orthogonal")])
+@pytest.mark.parametrize(
+    ("seed", "activation", "ensemble"),
+    [(0, nn.ReLU, "orthogonal"), (1, nn.ReLU, "gaussian"), (2, nn.Tanh, "orthogonal")],
+)
 def test_fifty_residual_blocks_keep_signal_and_gradient(seed: int, activation: type[nn.Module], ensemble: str) -> None:
     torch.manual_seed(seed)
     net = ResidualPerceptron(96, 50, identity, activation)
@@ -108,7 +113,7 @@ def test_fifty_residual_blocks_keep_signal_and_gradient(seed: int, activation: t
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 def test_with_norms_signals_and_gradients_stay_too(norm: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    report = critical_init_(ResidualPerceptron(64, 30, norm, nn.GELU), torch.randn(32, 64))
+    report = critical_init_(ResidualPerceptron(64, 20, norm, nn.GELU), torch.randn(32, 64))
     gradients = np.array([s.gradient for s in report.after])
     assert 0.3 < gradients[0] / gradients[-1] < 3
     assert all(0.1 < s.q < 10 for s in report.after if "up" in s.name)
