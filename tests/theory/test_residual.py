@@ -247,3 +247,37 @@ def test_blocks_that_do_not_fit() -> None:
         Residual(())
     with pytest.raises(ValueError, match="input_second_moment"):
         jacobian_spectrum(Architecture((pre_norm(8, TANH, 1.0),)))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_unlike_pre_activation_blocks_with_a_long_lower_tail(seed: int) -> None:
+    """Below e^-26, where less than 1e-4 of the mass is left, the continuation stalls: no reason to have no law."""
+    n, relu = 400, as_activation("relu")
+    sizes = ((7.15, 1.8, 0.521), (4.42, 1.72, 0.528), (2.9, 1.67, 0.541), (2.21, 1.57, 0.528))
+    blocks = tuple(
+        Residual(
+            (
+                Layer(n, n, relu, 1.0, ensemble=PointMass(s), q=0.838),
+                Layer(n, n, relu, inner, q=0.838),
+                Layer(n, n, None, outer),
+            )
+        )
+        for s, inner, outer in sizes
+    )
+    law = jacobian_spectrum(Architecture(blocks, input_second_moment=0.2)).measure
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(sigma: float) -> torch.Tensor:
+        return sigma / n**0.5 * torch.randn(n, n, generator=generator, dtype=torch.float64)
+
+    def open_units() -> torch.Tensor:
+        return torch.randint(0, 2, (n,), generator=generator).double()
+
+    jacobian = torch.eye(n, dtype=torch.float64)
+    for s, inner, outer in sizes:
+        branch = gaussian(outer) @ (open_units()[:, None] * gaussian(inner)) * (open_units() * s**0.5)
+        jacobian = jacobian + branch @ jacobian
+    values = np.sort(torch.linalg.svdvals(jacobian).numpy() ** 2)
+    below = law.cdf(values)
+    assert np.abs(below - (np.arange(n) + 0.5) / n).max() < 0.03  # the numbers of open units are binomial
+    assert law.cdf(law.bounds()[1]) == pytest.approx(1.0, abs=1e-9)

@@ -56,12 +56,15 @@ def agreement_in_words(
     if agrees is None and blind is not None:
         return (
             f"Too coarse to tell: {zeros[0]:.1%} of the eigenvalues lie below {blind:.2g}, which this measurement does "
-            f"not tell from zero ({numbers}). Measure with a greater depth." + tail
+            f"not tell from zero ({numbers}). More Lanczos steps resolve more: SLQ(depth=...)." + tail
         )
     if agrees is None:
-        return f"Too coarse to tell ({numbers}): measure with more probes and a greater depth." + tail
+        return (
+            f"Too coarse to tell ({numbers}): more probes and Lanczos steps resolve more, SLQ(probes=..., depth=...)."
+            + tail
+        )
     if agrees:
-        return f"As predicted ({numbers})." + tail
+        return f"As predicted{' inside the edges' if outliers else ''} ({numbers})." + tail
     text = ""
     if abs(zeros[0] - zeros[1]) > max(AGREES_UP_TO * kolmogorov.noise, 0.02):
         more = "dead units or a bottleneck" if zeros[0] > zeros[1] else "fewer dead units than the law has"
@@ -95,7 +98,9 @@ def gradients_in_words(facts: Mapping[str, float]) -> str:
         return ""
     total = float(np.exp(np.clip(0.5 * depth * math.log(chi), -690, 690)))
     blocks = facts.get("blocks", 0.0)
-    over = f"over {depth:.0f} {'blocks' if blocks == depth else 'layers and blocks' if blocks else 'layers'}."
+    kind = "block" if blocks == depth else "layer or block" if blocks else "layer"
+    several = "blocks" if blocks == depth else "layers and blocks" if blocks else "layers"
+    over = f"over {depth:.0f} {kind if depth == 1 else several}."
     if 1 / _BAND < total < _BAND:
         return f" Critical: chi is {chi:.4g}, gradients change {_times(total)} {over}"
     if total > 1 and blocks:

@@ -39,9 +39,14 @@ class OneSample:
     source: str | None
     target: str | None
 
+    @property
+    def ends(self) -> str:
+        """Between which modules it looks, in words."""
+        return f"of {self.target or 'the output'} by {self.source or 'the input'}"
+
     def assumptions(self, model: nn.Module) -> tuple[str, ...]:
         """Which matrix it is, for the reader of a report on `model`."""
-        ends = f"the Jacobian of {self.target or 'the output'} by {self.source or 'the input'}, for one sample"
+        ends = f"the Jacobian {self.ends}, for one sample"
         held = "batch norm held at the mean and variance of this batch"
         return (ends,) if self.model is model else (ends, held)
 

@@ -43,9 +43,10 @@ def freeness_report(
         report = freeness_gap(parts, whole, kind="product", name=name, size=size)
         assert report.prediction is not None
         assumptions = (*one.assumptions(model), *report.prediction.assumptions)
-        return replace(report, prediction=replace(report.prediction, assumptions=assumptions))
+        report = replace(report, prediction=replace(report.prediction, assumptions=assumptions))
     except (ValueError, ArithmeticError) as error:
-        return compare(whole, None, name=name, reason=str(error).rstrip("."))
+        report = compare(whole, None, name=name, reason=str(error).rstrip("."))
+    return replace(report, verdict=f"{report.verdict} Taken {one.ends}.")
 
 
 def _spectrum(part: WeightPart | SlopePart, seed: int) -> Spectrum:

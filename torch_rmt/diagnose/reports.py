@@ -53,9 +53,10 @@ def jacobian_report(
         size = independent_size_of(one.graph, one.model, one.source, one.target)
         prediction = jacobian_spectrum(architecture)
         prediction = replace(prediction, assumptions=(*one.assumptions(model), *prediction.assumptions))
-        return compare(spectrum, prediction, name=name, facts=facts, size=size)
+        report = compare(spectrum, prediction, name=name, facts=facts, size=size)
     except (ValueError, ArithmeticError) as error:
-        return compare(spectrum, None, name=name, facts=facts, reason=str(error).rstrip("."))
+        report = compare(spectrum, None, name=name, facts=facts, reason=str(error).rstrip("."))
+    return replace(report, verdict=f"{report.verdict} Taken {one.ends}.")
 
 
 def hessian_report(

@@ -16,6 +16,7 @@ from torch_rmt.theory.chain_table import Band, Table, hermite
 Reals = Float[np.ndarray, " points"]
 Flags = Bool[np.ndarray, " points"]
 
+_LOST = 1e-4  # of the mass may lie below where the continuation stalls
 _DEEPEST = 680.0  # lambda underflows beyond this distance below the top, in logs
 _COARSE = 17  # points that are led in from the negative axis; the others start from their neighbours
 _FINEST = 1500  # points of a table at most
@@ -191,6 +192,11 @@ class Chain(ChainEquations):
         pieces = np.split(found, np.flatnonzero(np.diff(found) > 1) + 1)
         while np.isinf(low) and len(pieces) > 1 and (np.pi + table.y[pieces[0]].imag).max() < 1e-7:
             pieces = pieces[1:]  # what quadrature lets flicker where no mass is left
+        lost = np.isnan(table.y)
+        while (
+            len(pieces) > 1 and lost[pieces[0][-1] : pieces[1][0]].any() and self._below(table.t[pieces[1][0]]) < _LOST
+        ):
+            pieces = pieces[1:]  # no gap: the continuation did not get through, so far down that little is left
         found = np.concatenate(pieces)
         if len(pieces) == 1 or not self.may_have_gaps:
             first = int(found[0])
@@ -214,6 +220,11 @@ class Chain(ChainEquations):
             if len(here) > 1:
                 bands.append(Band(begin, end, part.only(here)))
         return tuple(bands)
+
+    def _below(self, t: float) -> float:
+        """A bound on the mass below exp(t): 2 E[x / (x + lambda)]."""
+        knots, y_knots, _ = self._negative_table
+        return float(-2.0 * np.expm1(np.interp(t, knots, y_knots.real) - np.log(self.lowest)))
 
     def _depth(self, top: float) -> float:
         """How far below the top to look: to where 1e-12 of the mass is left, or lambda underflows."""

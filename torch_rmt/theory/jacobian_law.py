@@ -208,7 +208,7 @@ class JacobianLaw(SpectralMeasure):
     def rough_log_quantile(self, p: Numbers) -> Array:
         """`log_quantile` by interpolation in the table that it starts from: where any point near by serves."""
         knots, values = self._table()
-        return np.interp(np.asarray(p, dtype=np.float64), values, knots) + self.log_scale
+        return np.asarray(np.interp(np.asarray(p, dtype=np.float64), values, knots) + self.log_scale)
 
     def _log_bounds(self) -> tuple[float, float]:
         ends = [e for edge in self.solver.edges for e in edge] + [location for location, _ in self.log_atoms]
