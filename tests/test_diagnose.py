@@ -30,6 +30,7 @@ def test_a_whole_diagnosis(tmp_path) -> None:
     assert [report.name for report in found.reports] == ["jacobian", "hessian", "gauss_newton", "fisher"]
     assert found["jacobian"].agrees, found["jacobian"].verdict
     assert "Ordered" in found["jacobian"].verdict
+    assert "This is the Jacobian of '" in found["jacobian"].verdict
     assert found.chi == pytest.approx(1 / 3, rel=0.4)
     assert found["fisher"].prediction is None
     assert "those of a wide network on this batch" in found["fisher"].verdict

@@ -41,12 +41,14 @@ class OneSample:
 
     @property
     def ends(self) -> str:
-        """Between which modules it looks, in words."""
-        return f"of {self.target or 'the output'} by {self.source or 'the input'}"
+        """Which Jacobian it is, in words."""
+        target = repr(self.target) if self.target else "the output"
+        source = repr(self.source) if self.source else "the input"
+        return f"the Jacobian of {target} by {source}"
 
     def assumptions(self, model: nn.Module) -> tuple[str, ...]:
         """Which matrix it is, for the reader of a report on `model`."""
-        ends = f"the Jacobian {self.ends}, for one sample"
+        ends = f"{self.ends}, for one sample"
         held = "batch norm held at the mean and variance of this batch"
         return (ends,) if self.model is model else (ends, held)
 

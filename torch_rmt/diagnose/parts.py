@@ -46,7 +46,7 @@ def freeness_report(
         report = replace(report, prediction=replace(report.prediction, assumptions=assumptions))
     except (ValueError, ArithmeticError) as error:
         report = compare(whole, None, name=name, reason=str(error).rstrip("."))
-    return replace(report, verdict=f"{report.verdict} Taken {one.ends}.")
+    return replace(report, verdict=f"{report.verdict} This is {one.ends}.")
 
 
 def _spectrum(part: WeightPart | SlopePart, seed: int) -> Spectrum:

@@ -56,7 +56,7 @@ def jacobian_report(
         report = compare(spectrum, prediction, name=name, facts=facts, size=size)
     except (ValueError, ArithmeticError) as error:
         report = compare(spectrum, None, name=name, facts=facts, reason=str(error).rstrip("."))
-    return replace(report, verdict=f"{report.verdict} Taken {one.ends}.")
+    return replace(report, verdict=f"{report.verdict} This is {one.ends}.")
 
 
 def hessian_report(
@@ -112,7 +112,7 @@ def curvature_report(
     try:
         scale = wide_scale(model, batch[0], operator)
     except (ValueError, ArithmeticError, RuntimeError) as error:
-        return compare(spectrum, None, name=name, facts=facts, reason=f"{reason} ({error})")
+        return compare(spectrum, None, name=name, facts=facts, reason=f"{reason} ({str(error).rstrip('.')})")
     return beside_a_wide_network(compare(spectrum, None, name=name, facts=facts, reason=reason), scale, note=note)
 
 
