@@ -43,6 +43,8 @@ class EqualLayers:
         """(t, dt / d log w, u) at points of the closed upper half-plane."""
         return self._with_slope(w)[:3]
 
+    # On an atom of the slopes u is infinite: NaN, which is no solution.
+    @np.errstate(divide="ignore", invalid="ignore")
     def _with_slope(self, w: Points) -> tuple[Points, Points, Points, Points]:
         u, above, slope = self.law.transform(w)
         outer = 1.0 if self.gaussian else 1.0 - self.depth
