@@ -71,11 +71,11 @@ class DeepFisherLaw(NewtonLaw):
                     value, _, slope = step.slopes.transform(w)
                     a[k], b[k] = (u - value + u_a) / slope, u_b / slope
                 # the product: gain w u/(1 + u) z, times (1 + u) for Gaussian weights
-                rate = step.gain * w / (1.0 if step.gaussian else above)
-                product = rate * u * end
-                by_w = rate * u * end / w
-                by_u = end * (rate if step.gaussian else rate / above)
+                rate = step.gain * w if step.gaussian else step.gain * w / above
                 by_z = rate * u
+                product = by_z * end
+                by_w = product / w
+                by_u = end * (rate if step.gaussian else rate / above)
                 p_a = by_w * a[k] + by_u * u_a + by_z * z_a
                 p_b = by_w * b[k] + by_u * u_b + by_z * z_b
                 more = step.shift / product

@@ -96,11 +96,14 @@ def cauchy_sums(
     if len(nodes) <= _ONE_BY_ONE:
         value, inverse, slope = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
         for s, p, m in zip(nodes, weights, mass, strict=True):
-            part = 1.0 / (w - s)
-            inverse += p * part
+            part = np.reciprocal(w - s)
             if m:
-                value += m * part
-                slope -= m * (part * part)
+                term = m * part
+                value += term
+                term *= part
+                slope -= term
+            part *= p
+            inverse += part
         return value, w * inverse, slope
     # 1 / (w - s) = (x - i y) / (x^2 + y^2) by parts: numpy's complex division is four times slower.
     x = np.subtract.outer(w.real, nodes.real)
