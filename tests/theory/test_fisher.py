@@ -287,3 +287,11 @@ def test_scatter_of_the_mean_eigenvalue_and_of_the_lower_end(activation: str, si
     stated = scale_and_shift(as_activation(activation), 5, 64, sigma_w**2, 0.0, 1.0, ensemble == "orthogonal")
     assert np.std(means) == pytest.approx(stated[0], rel=0.25)
     assert np.std(ends) == pytest.approx(stated[1], rel=0.3)
+
+
+def test_a_band_that_cannot_hold_the_mean_is_no_law() -> None:
+    """hard_sigmoid at sigma_w = 1: nearly all units have one slope, and the sweep for the upper edge passes it by."""
+    with pytest.raises(ArithmeticError, match="lies outside of its bands"):
+        deep_fisher_spectrum("hard_sigmoid", depth=6, width=200, sigma_w=1.0)
+    law = deep_fisher_spectrum("hard_sigmoid", depth=3, width=200, sigma_w=1.0).measure
+    assert law.bounds()[0] < law.mean < law.bounds()[1]

@@ -46,6 +46,7 @@ def deep_fisher_spectrum(
 
     Raises:
         ValueError: depth below 2, width below 1, another ensemble, a sigma out of range, lengths that explode.
+        ArithmeticError: the law's edges were not found (slopes that are nearly one value).
 
     Source: Hayase and Karakida 2020, equations 13-15.
 
@@ -76,6 +77,16 @@ def deep_fisher_spectrum(
         )
     law = DeepFisherLaw(start=input_second_moment + bias, steps=tuple(steps))
     high = law.bounds()[1]
+    # The mean follows from the layers alone: a band that cannot hold it was misread.
+    atoms = law.atoms()
+    left = law.mean - sum(place * mass for place, mass in atoms)
+    share = 1.0 - sum(mass for _, mass in atoms)
+    bands = law.support()
+    if bands and not share * bands[0][0] * (1.0 - 1e-9) <= left <= share * bands[-1][1] * (1.0 + 1e-9):
+        raise ArithmeticError(
+            f"the edges of the law were not found: its mean {law.mean:.4g} lies outside of its bands. The slopes of "
+            f"{phi.name} are nearly one value here; take another depth or sigma_w."
+        )
     return Prediction(
         measure=law,
         scalars={"mean": law.mean, "largest_eigenvalue": high, "max_stable_lr": 2.0 / (width * high)},
