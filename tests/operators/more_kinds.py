@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from tests.operators.module_kinds import Calls, Case
+from tests.operators.module_kinds import Calls, Case, NewCube
 
 
 def _x(*shape: int) -> Tensor:
@@ -203,21 +203,10 @@ def partly_frozen() -> Case:
     return _squares(net, _x(5, 3), 5, 2)
 
 
-class SetupCube(torch.autograd.Function):
+class SetupCube(NewCube):
     """With `setup_context`, without a rule for vmap."""
 
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
+    generate_vmap_rule = False
 
 
 class VmapCube(SetupCube):

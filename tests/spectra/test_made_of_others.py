@@ -9,35 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_rmt.operators.base import LinearOperator
+from torch_rmt.operators import Dense, LinearOperator
 from torch_rmt.spectra import SLQ, DenseOperator, Spectrum, exact, golub_kahan
 from torch_rmt.spectra.exact import to_dense
 from torch_rmt.spectra.gram import Complement, Gram
 from torch_rmt.spectra.kpm import KPM
 
 
-class Counted(LinearOperator):
+class Counted(Dense):
     """A matrix that counts the vectors it is multiplied by."""
 
     def __init__(self, matrix: Tensor, *, symmetric: bool) -> None:
-        self.matrix, self.symmetric, self.products = matrix, symmetric, 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.matrix.shape
-        return rows, columns
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
+        super().__init__(matrix, symmetric=symmetric)
+        self.products = 0
 
     def matmat(self, V: Tensor) -> Tensor:
         self.products += V.shape[1]
-        return self.matrix @ V
+        return super().matmat(V)
 
     def adjoint(self) -> LinearOperator:
         return self if self.symmetric else Counted(self.matrix.T, symmetric=False)

@@ -113,7 +113,7 @@ def beside_a_wide_network(report: Report, scale: WideScale, *, note: str = "") -
 
 def _biases(model: nn.Module, architecture: Architecture, parameters: int) -> list[bool]:
     """Which layers have biases; with the weights they must be all that is differentiated."""
-    if len(architecture.layers) > sum(isinstance(layer, Layer) for layer in architecture.layers):
+    if not all(isinstance(layer, Layer) for layer in architecture.layers):
         raise ValueError("it has residual blocks")
     modules = dict(model.named_modules())
     has = [isinstance(getattr(modules.get(layer.name), "bias", None), Tensor) for layer in architecture.layers]

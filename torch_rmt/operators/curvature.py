@@ -36,6 +36,7 @@ class Curvature(SymmetricOfModel):
     """
 
     chunk = 16
+    of_a_mean = False  # whether the matrix has no meaning for a loss that sums over samples
 
     def __init__(
         self,
@@ -59,6 +60,8 @@ class Curvature(SymmetricOfModel):
                 output = self.pure(self.pure.params, b.inputs)
                 checked_loss(loss(output, b.targets))
                 self.summed = adds_up(loss, output, b.targets, b.samples) if i == 0 else self.summed
+        if self.summed and self.of_a_mean:
+            raise ValueError("the covariance is that of a mean over samples; use a loss with reduction='mean'")
         self.notes = self.pure.notes
         self.output_form = ""
         self._jacobian: Products | None = None

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_rmt.operators.base import LinearOperator
+from torch_rmt.operators.base import Like, LinearOperator
 from torch_rmt.operators.curvature import Curvature
 from torch_rmt.operators.fisher import Fisher, GradientCovariance
 
 
-class AllReduced(LinearOperator):
+class AllReduced(Like):
     """Average of every rank's operator over its own data, each weighted by its number of terms; sum for a summed loss.
 
     Vectors are taken from rank 0, so that probes drawn with different seeds do no harm, and the result is the
@@ -36,6 +36,7 @@ class AllReduced(LinearOperator):
             raise RuntimeError("torch.distributed is not initialised; in one process use the operator itself")
         if isinstance(operator, GradientCovariance):
             raise TypeError("a gradient covariance is not the mean of the ranks'; reduce Fisher(kind='empirical')")
+        super().__init__(operator)
         self.local, self.group = operator, group
         self.positive = operator.positive
         own = [float(operator.terms), float(operator.samples), float(operator.shape[0])]
@@ -51,21 +52,6 @@ class AllReduced(LinearOperator):
         if isinstance(operator, Fisher) and operator.kind == "empirical" and not operator.summed:
             # sum_n g_n g_n^T / N with g_n = N (terms_n / terms) * ...: quadratic in the weight, linear in N.
             self.weight *= (operator.terms / operator.samples) * float(totals[1] / totals[0])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """As every rank's."""
-        return self.local.shape
-
-    @property
-    def device(self) -> torch.device:
-        """This rank's."""
-        return self.local.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As every rank's."""
-        return self.local.dtype
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns `sum_r w_r A_r v`, reduced over the ranks."""

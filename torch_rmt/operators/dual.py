@@ -89,13 +89,7 @@ def dual_gram(
         >>> gram.matrix.shape, gram.eigenvalues().shape
         (torch.Size([6, 6]), torch.Size([202]))
     """
-    pure = operator.pure
-    if isinstance(operator, NeuralTangentKernel):
-        inputs = operator.inputs
-    elif len(operator.given) > 1:
-        raise ValueError("the dual needs one batch: concatenate the batches, or use SLQ on the operator")
-    else:
-        inputs = operator.given[0].inputs
+    pure, inputs = operator.pure, _inputs(operator)
     counts = dual_counts(operator)
     room = room_for(operator, counts, max_memory)
     with pure.guarded(), torch.no_grad():
@@ -175,12 +169,19 @@ def output_factors(operator: GaussNewton | NeuralTangentKernel) -> Float[Tensor,
     Raises:
         ValueError: batches of several, or a loss whose Hessian by the output is not positive.
     """
-    if not isinstance(operator, NeuralTangentKernel) and len(operator.given) > 1:
-        raise ValueError("the factors are those of one batch: concatenate the batches")
-    inputs = operator.inputs if isinstance(operator, NeuralTangentKernel) else operator.given[0].inputs
+    inputs = _inputs(operator)
     with operator.pure.guarded(), torch.no_grad():
         output = operator.pure(operator.pure.params, inputs)
     return _factors(operator, output)
+
+
+def _inputs(operator: GaussNewton | NeuralTangentKernel) -> Any:
+    """Inputs of the only batch."""
+    if isinstance(operator, NeuralTangentKernel):
+        return operator.inputs
+    if len(operator.given) > 1:
+        raise ValueError("the dual needs one batch: concatenate the batches, or use SLQ on the operator")
+    return operator.given[0].inputs
 
 
 def _factors(operator: GaussNewton | NeuralTangentKernel, output: Tensor) -> Tensor:

@@ -124,20 +124,8 @@ class GradientCovariance(PerSample):
     Source: McCandlish et al. 2018 (gradient noise scale).
     """
 
+    of_a_mean = True
     _mean: Tensor | None = None
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        batch: Any,
-        params: str | Sequence[str] | None = None,
-        *,
-        max_memory: int | None = None,
-    ) -> None:
-        super().__init__(model, loss, batch, params, max_memory=max_memory)
-        if self.summed:
-            raise ValueError("the covariance is that of a mean over samples; use a loss with reduction='mean'")
 
     def gradient(self) -> Float[Tensor, " columns"]:
         """Mean gradient over all batches."""

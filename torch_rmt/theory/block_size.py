@@ -41,7 +41,7 @@ def expected_block_distance(architecture: Architecture, signals: tuple[Signal, .
         return RIGID / n
     zero = sum(mass for location, mass in measure.log_atoms if location == -np.inf)
     levels = zero + (1 - zero) * (np.arange(_POINTS) + 0.5) / _POINTS
-    w, m = solver.solve(np.asarray(measure.rough_log_quantile(levels)) - measure.log_scale)
+    w, m = solver.solve(measure.rough_log_quantile(levels) - measure.log_scale)
     found = np.isfinite(m) & (np.abs(m.imag) > 1e-9)
     if not found.any():
         return RIGID / n

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from torch_rmt.measures import PointMass
 from torch_rmt.theory.architecture import Architecture, Layer
 from torch_rmt.theory.isometry import slope_variance
 from torch_rmt.theory.pair_maps import kernel_slopes, kernel_values
@@ -87,7 +86,7 @@ def wide_kernel(
 def _dense(layer: object) -> Layer:
     if not isinstance(layer, Layer):
         raise ValueError("the kernel of a residual block is not known here.")
-    if not isinstance(layer.ensemble, str) or isinstance(layer.ensemble, PointMass):
+    if not isinstance(layer.ensemble, str):
         raise ValueError(f"layer {layer.name!r} has no random weights.")
     if layer.dropout or layer.normalisation is not None:
         raise ValueError(f"layer {layer.name!r} has dropout or normalisation: its tangent kernel is not known here.")
