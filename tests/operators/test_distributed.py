@@ -51,6 +51,31 @@ CASES: dict[str, tuple[Any, dict[str, str]]] = {
 }
 
 
+_WEIGHT = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+LOSSES: dict[str, Any] = {
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "sum by a function": lambda output, target: F.cross_entropy(output, target, reduction="sum"),
+    "class weights": nn.CrossEntropyLoss(weight=_WEIGHT),
+    "class weights, summed": nn.CrossEntropyLoss(weight=_WEIGHT, reduction="sum"),
+}
+SHARDED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "hessian": (ShardedHessian, Hessian, {}),
+    "exact": (ShardedGaussNewton, Fisher, {"kind": "exact"}),
+    "empirical": (ShardedGaussNewton, Fisher, {"kind": "empirical"}),
+    "sampled": (ShardedGaussNewton, Fisher, {"kind": "sampled", "draws": 2, "seed": 3}),
+}
+
+
+def _uneven(x: Tensor, y: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Two batches for each rank, of 3 + 1 and 1 + 2 samples."""
+    cuts = [slice(0, 3), slice(3, 4)] if rank == 0 else [slice(4, 5), slice(5, 7)]
+    return [(x[part], y[part]) for part in cuts]
+
+
+def _some_vectors(rows: int) -> Tensor:
+    return torch.randn(rows, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), 2)
@@ -98,6 +123,17 @@ def _rank(rank: int, folder: str) -> None:
             with undisturbed(sharded):
                 errors.append(products._slope(v, step))
         results[f"order, {kind}"] = torch.stack(errors)
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 2])  # none ignored: a batch of one needs a term
+    for loss_name, loss in LOSSES.items():
+        for kind, (cls, _, settings) in SHARDED.items():
+            operator = cls(sharded, loss, _uneven(x, labels, rank), **settings)
+            results[f"{loss_name}, {kind}"] = operator.matmat(_some_vectors(operator.shape[0]))
+        operator = AllReduced(Hessian(model, loss, _uneven(x, labels, rank)))
+        results[f"{loss_name}, reduced"] = operator.matmat(_some_vectors(operator.shape[0]))
+    try:
+        ShardedHessian(sharded, F.cross_entropy, [(x * (float("nan") if rank else 1.0), y)])
+    except ValueError as refused:
+        results["loss of one rank"] = torch.tensor(len(str(refused)))
     for p, (values, gradient) in zip(sharded.parameters(), before, strict=True):
         assert torch.equal(p.to_local(), values)
         assert p.grad is gradient
@@ -134,6 +170,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert torch.equal(first["differences of rank 0 vectors"], second["differences of rank 0 vectors"])
     assert int(first["uneven ranks"]) > 0
     assert int(first["rough"]) > 0
+    assert int(first["loss of one rank"]) > 0
+    assert int(second["loss of one rank"]) > 0
     trained = [n for n, _ in model.named_parameters() if n != "a.bias"]
     expected = dense(Hessian(model, F.cross_entropy, (x, y), trained))
     assert float((first["differences"] - expected).norm()) < 1e-6 * float(expected.norm())
@@ -143,6 +181,17 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         v = torch.linspace(-1, 1, expected.shape[0], dtype=torch.float64)
         far, near = (float((image - expected @ v).norm()) for image in first[f"order, {kind}"])
         assert 70 < far / near < 140
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 2])
+    for loss_name, loss in LOSSES.items():
+        whole = [*_uneven(x, labels, 0), *_uneven(x, labels, 1)]
+        for kind, (_, cls, settings) in SHARDED.items():
+            operator = cls(model, loss, whole if kind == "sampled" else (x, labels), trained, **settings)
+            expected = operator.matmat(_some_vectors(operator.shape[0]))
+            gap = float((first[f"{loss_name}, {kind}"] - expected).norm())
+            assert gap < 1e-6 * float(expected.norm()), f"{loss_name}, {kind}: {gap:.1e}"
+        operator = Hessian(model, loss, (x, labels))
+        expected = operator.matmat(_some_vectors(operator.shape[0]))
+        torch.testing.assert_close(first[f"{loss_name}, reduced"], expected, rtol=1e-10, atol=1e-12)
     expected = dense(Hessian(model, F.cross_entropy, (x, y), "*"))
     torch.testing.assert_close(first["sharded"], expected, rtol=1e-10, atol=1e-12)
 

@@ -55,11 +55,12 @@ class Curvature(SymmetricOfModel):
         self.samples = sum(b.samples for b in self.batches)
         self.terms = sum(b.terms for b in self.batches)
         self.summed = False
+        telling = next((i for i, b in enumerate(self.batches) if b.samples > 1), 0)
         with self.pure.guarded(), torch.no_grad():
             for i, b in enumerate(self.batches):
                 output = self.pure(self.pure.params, b.inputs)
                 checked_loss(loss(output, b.targets))
-                self.summed = adds_up(loss, output, b.targets, b.samples) if i == 0 else self.summed
+                self.summed = adds_up(loss, output, b.targets, b.samples) if i == telling else self.summed
         if self.summed and self.of_a_mean:
             raise ValueError("the covariance is that of a mean over samples; use a loss with reduction='mean'")
         self.notes = self.pure.notes

@@ -39,7 +39,7 @@ class AllReduced(Like):
         super().__init__(operator)
         self.local, self.group = operator, group
         self.positive = operator.positive
-        own = [float(operator.terms), float(operator.samples), float(operator.shape[0])]
+        own = [float(operator.terms), float(operator.samples), float(operator.shape[0]), float(operator.summed)]
         totals = torch.tensor(own, dtype=torch.float64, device=operator.device)
         dist.all_reduce(totals, group=group)
         ranks = dist.get_world_size(group)
@@ -48,6 +48,9 @@ class AllReduced(Like):
                 f"this rank differentiates by {operator.shape[0]} parameters, the mean over ranks is "
                 f"{float(totals[2]) / ranks:g}; give every rank the same model and params"
             )
+        if totals[3] and not operator.summed:  # one sample alone does not show that a loss sums
+            operator.summed = True
+            operator._forget()
         self.weight = 1.0 if operator.summed else operator.terms / float(totals[0])
         if isinstance(operator, Fisher) and operator.kind == "empirical" and not operator.summed:
             # sum_n g_n g_n^T / N with g_n = N (terms_n / terms) * ...: quadratic in the weight, linear in N.

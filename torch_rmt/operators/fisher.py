@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_rmt.operators.batches import Batch
 from torch_rmt.operators.curvature import GaussNewton, Product
 from torch_rmt.operators.engines import gradient
-from torch_rmt.operators.losses import Loss, checked_loss, output_curvature
+from torch_rmt.operators.losses import Loss, checked_loss, known_likelihood, label_seed
 
 
 class PerSample(GaussNewton):
@@ -24,14 +24,7 @@ class PerSample(GaussNewton):
 
     def _known_likelihood(self, output: Tensor, batch: Batch) -> Callable[[torch.Generator], Tensor]:
         with self.pure.guarded():
-            draw = output_curvature(self.loss, output, batch.targets).draw
-        if draw is None:
-            raise TypeError(
-                "this loss is not recognised as the negative log-likelihood of a categorical, Gaussian or "
-                "Bernoulli output (cross-entropy, mean square error, binary cross-entropy with logits); "
-                "use GaussNewton, or Fisher(..., kind='empirical')"
-            )
-        return draw
+            return known_likelihood(self.loss, output, batch.targets)
 
     def _middle(self, output: Tensor, batch: Batch, index: int) -> Product:
         if self.kind == "exact":
@@ -56,7 +49,7 @@ class PerSample(GaussNewton):
             scaled: Tensor = scale * r.reshape(1, batch.samples, -1)
             return scaled
         draw = self._known_likelihood(output, batch)
-        generator = torch.Generator(device=self.device).manual_seed(self.seed * 1_000_003 + index)
+        generator = torch.Generator(device=self.device).manual_seed(label_seed(self.seed, index))
         drawn: Tensor = torch.stack([draw(generator) for _ in range(self.draws)]) / self.draws**0.5
         return drawn.reshape(self.draws, batch.samples, -1)
 

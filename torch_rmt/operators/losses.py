@@ -181,6 +181,23 @@ def _elementwise_draw(
     return None
 
 
+def known_likelihood(loss: Loss, output: Tensor, targets: Any) -> Callable[[torch.Generator], Tensor]:
+    """`generator -> z` with `E z z^T` the curvature of a known negative log-likelihood; TypeError otherwise."""
+    draw = output_curvature(loss, output, targets).draw
+    if draw is None:
+        raise TypeError(
+            "this loss is not recognised as the negative log-likelihood of a categorical, Gaussian or "
+            "Bernoulli output (cross-entropy, mean square error, binary cross-entropy with logits); "
+            "use GaussNewton, or Fisher(..., kind='empirical')"
+        )
+    return draw
+
+
+def label_seed(seed: int, batch: int) -> int:
+    """Seed of the labels drawn for one batch."""
+    return seed * 1_000_003 + batch
+
+
 def count_terms(loss: Loss, targets: Any, batch_size: int) -> float:
     """Number of terms that a mean loss averages over: what batches are weighted by.
 

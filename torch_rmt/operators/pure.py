@@ -180,7 +180,7 @@ class PureModel:
             torch.cuda.manual_seed_all(self.seed)
         tensors = {**self.frozen, **dict(zip(self.names, params, strict=True))}
         tensors.update({name: b.clone() for name, b in self.buffers.items()})
-        args, kwargs = _arguments(tree_map(torch.clone, inputs))  # a first layer may work in place
+        args, kwargs = arguments(tree_map(torch.clone, inputs))  # a first layer may work in place
         with ExitStack() as stack:
             if self.weight_normed:
                 stack.enter_context(_ComposedWeightNorm())
@@ -205,17 +205,23 @@ class PureModel:
         return self.require_tensor(self.raw(params, inputs))
 
     def require_tensor(self, output: Any) -> Tensor:
-        """TypeError, with the remedy, for a model that returns something else than a tensor."""
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"the output of {type(self.module).__name__} is a {type(output).__name__}, not a tensor: "
-                "wrap the model in a module whose forward returns the tensor that the loss takes (such as "
-                "`return self.model(x).logits`)"
-            )
-        return output
+        """The output; TypeError, with the remedy, for a model that returns something else than a tensor."""
+        return require_tensor(output, self.module)
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def require_tensor(output: Any, module: nn.Module) -> Tensor:
+    """The output; TypeError, with the remedy, for a model that returns something else than a tensor."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the output of {type(module).__name__} is a {type(output).__name__}, not a tensor: "
+            "wrap the model in a module whose forward returns the tensor that the loss takes (such as "
+            "`return self.model(x).logits`)"
+        )
+    return output
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model is called with: a dict holds keywords, a tuple or list arguments, all else is the only one."""
     if isinstance(inputs, dict):
         return (), inputs
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}

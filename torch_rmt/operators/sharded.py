@@ -14,8 +14,16 @@ from torch_rmt.guard import undisturbed
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.batches import as_pairs, sample_count
 from torch_rmt.operators.engines import EngineError
-from torch_rmt.operators.losses import Loss, checked_loss, count_terms, output_curvature
-from torch_rmt.operators.pure import MASK_SEED, select
+from torch_rmt.operators.losses import (
+    Loss,
+    adds_up,
+    checked_loss,
+    count_terms,
+    known_likelihood,
+    label_seed,
+    output_curvature,
+)
+from torch_rmt.operators.pure import MASK_SEED, arguments, require_tensor, select
 
 T = TypeVar("T")
 
@@ -47,16 +55,36 @@ class ShardedHessian(LinearOperator):
         self._params = [named[name] for name in self.names]
         self._sizes = [p.numel() for p in self._params]
         terms = [count_terms(loss, y, sample_count(x)) for x, y in self.pairs]
-        totals = torch.tensor([sum(terms), len(terms)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
+        totals = _over_ranks(self.device, sum(terms), len(terms))
         ranks = dist.get_world_size()
-        if float(totals[1]) != ranks * len(terms):
+        if totals[1] != ranks * len(terms):
             raise ValueError("every rank needs the same number of batches, or the ranks wait for one another for ever")
+        self._weights = [1.0] * len(terms)
+        self.summed = self._adds_up()
         # FSDP averages gradients over the ranks.
-        self._weights = [t * ranks / float(totals[0]) for t in terms]
+        self._weights = [float(ranks) if self.summed else t * ranks / totals[0] for t in terms]
         self._size = torch.stack([_whole(p.detach().norm()) for p in self._params]).norm().item()
         self._checked = False
         self.notes: tuple[str, ...] = ("central differences on sharded parameters",)
+
+    def _adds_up(self) -> bool:
+        """Whether the loss sums over samples, by any rank's batches; every rank raises where one has no finite loss."""
+        found, problem = False, None
+        with undisturbed(self.model):
+            with torch.no_grad():
+                for (inputs, _), (output, targets, _) in zip(self.pairs, self._outputs(), strict=True):
+                    try:
+                        checked_loss(self.loss(output, targets))
+                        found = found or adds_up(self.loss, output, targets, sample_count(inputs))
+                    except (TypeError, ValueError) as wrong:
+                        problem = problem or wrong
+            _reshard(self.model)
+        somewhere, failed = _over_ranks(self.device, found, problem is not None)
+        if problem is not None:
+            raise problem
+        if failed:
+            raise ValueError("the loss of another rank is not finite or no scalar; its own message says which")
+        return somewhere > 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,14 +162,14 @@ class ShardedHessian(LinearOperator):
         torch.manual_seed(MASK_SEED)
         buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
         for (inputs, targets), weight in zip(self.pairs, self._weights, strict=True):
-            args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-            yield self.model(*args), targets, weight
+            args, keywords = arguments(inputs)
+            yield self.model(*args, **keywords), targets, weight
             with torch.no_grad():
                 for b, before in buffers:
                     b.copy_(before)
 
     def _gradient(self) -> Tensor:
-        """Gradient of the mean loss over all ranks."""
+        """Gradient of the loss over all ranks: their mean weighted by terms, or their sum."""
         for output, targets, weight in self._outputs():
             torch.autograd.backward(weight * checked_loss(self.loss(output, targets)))
         return self._gathered()
@@ -167,10 +195,13 @@ class ShardedGaussNewton(ShardedHessian):
     `J v = (f(theta + h v) - f(theta - h v)) / 2h` by two forward passes, off by h^2, then one forward and one backward
     pass with the cotangents `H_out J v`, which are exact; so products are off by h^2, about 1e-4 in float32.
     `kind="exact"` is the Fisher matrix too where the loss is a negative log-likelihood that `Fisher` knows;
-    `kind="empirical"` is `1/N sum_n g_n g_n^T` over the samples of all ranks. All else as for `ShardedHessian`.
+    `kind="empirical"` is `1/N sum_n g_n g_n^T` over the samples of all ranks; `kind="sampled"` is Fisher's expectation
+    over `draws` drawn labels per term, fixed by `seed` (as `Fisher` of one process draws them for the ranks' batches in
+    a row). All else as for `ShardedHessian`.
 
     Raises:
         ValueError: an unknown kind, and as `ShardedHessian`.
+        TypeError: a model that returns no tensor, the sampled Fisher of a loss that is no known likelihood.
     """
 
     positive = True
@@ -182,37 +213,56 @@ class ShardedGaussNewton(ShardedHessian):
         batch: Any,
         params: str | Sequence[str] | None = None,
         *,
-        kind: Literal["exact", "empirical"] = "exact",
+        kind: Literal["exact", "sampled", "empirical"] = "exact",
+        draws: int = 1,
+        seed: int = 0,
     ) -> None:
-        if kind not in ("exact", "empirical"):
-            raise ValueError(f"kind must be 'exact' or 'empirical', not {kind!r}")
+        if kind not in ("exact", "sampled", "empirical"):
+            raise ValueError(f"kind must be 'exact', 'sampled' or 'empirical', not {kind!r}")
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, not {draws}")
         super().__init__(model, loss, batch, params)
-        self.kind = kind
-        samples = torch.tensor(float(sum(sample_count(x) for x, _ in self.pairs)), device=self.device)
-        dist.all_reduce(samples)
+        self.kind, self.draws, self.seed = kind, draws, seed
+        (samples,) = _over_ranks(self.device, sum(sample_count(x) for x, _ in self.pairs))
         # Per-sample gradients of the whole mean: N times a batch's share of it times those of the batch's mean.
-        self._samples = float(samples) / dist.get_world_size()
+        self._samples = samples / dist.get_world_size()
 
     def _slope(self, v: Tensor, h: float) -> Tensor:
         above, below = self._on_both_sides(v, h, self._values)
         for index, (output, targets, weight) in enumerate(self._outputs()):
             image = (above[index] - below[index]) / (2 * h)
-            torch.autograd.backward(output, weight * self._middle(output.detach(), targets, weight, image))
+            torch.autograd.backward(output, weight * self._middle(output.detach(), index, targets, image))
         return self._gathered()
 
     def _values(self) -> list[Tensor]:
         with torch.no_grad():
-            return [output.detach().clone() for output, _, _ in self._outputs()]
+            return [require_tensor(output, self.model).detach().clone() for output, _, _ in self._outputs()]
 
-    def _middle(self, output: Tensor, targets: Any, weight: float, image: Tensor) -> Tensor:
+    def _middle(self, output: Tensor, index: int, targets: Any, image: Tensor) -> Tensor:
         """Curvature of a batch's loss by its output, times the image of a vector."""
         if self.kind == "exact":
             return output_curvature(self.loss, output, targets).product(image.unsqueeze(0))[0]
-        leaf = output.clone().requires_grad_()
-        (r,) = torch.autograd.grad(checked_loss(self.loss(leaf, targets)), leaf)
-        rows, images = r.reshape(output.shape[0], -1), image.reshape(output.shape[0], -1)
-        overlap = (rows * images).sum(1, keepdim=True)
-        return (self._samples * weight * rows * overlap).reshape(output.shape)
+        factors, scale = self._factors(output, index, targets)
+        rows, images = factors.reshape(len(factors), output.shape[0], -1), image.reshape(1, output.shape[0], -1)
+        return (scale * rows * (rows * images).sum(-1, keepdim=True)).sum(0).reshape(output.shape)
+
+    def _factors(self, output: Tensor, index: int, targets: Any) -> tuple[Tensor, float]:
+        """Vectors z of each sample, and a factor, for `sum_n z_n z_n^T`."""
+        if self.kind == "empirical":
+            leaf = output.clone().requires_grad_()
+            (r,) = torch.autograd.grad(checked_loss(self.loss(leaf, targets)), leaf)
+            return r.unsqueeze(0), 1.0 if self.summed else self._samples * self._weights[index]
+        draw = known_likelihood(self.loss, output, targets)
+        place = dist.get_rank() * len(self.pairs) + index
+        generator = torch.Generator(device=output.device).manual_seed(label_seed(self.seed, place))
+        return torch.stack([draw(generator) for _ in range(self.draws)]), 1.0 / self.draws
+
+
+def _over_ranks(device: torch.device, *numbers: float) -> list[float]:
+    """Sums over the ranks."""
+    totals = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return [float(t) for t in totals]
 
 
 def _reshard(model: nn.Module) -> None:
