@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from torch_rmt.operators.pure import PureModel
 
@@ -49,20 +50,21 @@ class Footprint:
 
 def saved_bytes(pure: PureModel, inputs: object) -> int:
     """Bytes that one forward pass keeps for its backward pass, parameters not counted."""
-    seen: dict[int, int] = {}
+    # By weak references: what is let go here may lie again where something else lay, and is another tensor.
+    seen: dict[StorageWeakRef, int] = {}
 
     nothing = torch.empty(0)  # a hook that gave the tensor back would tie the graph to itself for ever
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
+        seen[StorageWeakRef(storage)] = storage.nbytes()
         return nothing
 
     leaves = tuple(p.detach().requires_grad_() for p in pure.params)
-    own = {p.untyped_storage().data_ptr() for p in leaves}
+    own = {StorageWeakRef(p.untyped_storage()) for p in leaves}
     with pure.guarded(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         pure(leaves, inputs)
-    return sum(size for pointer, size in seen.items() if pointer not in own)
+    return sum(size for storage, size in seen.items() if storage not in own)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
