@@ -13,6 +13,7 @@ from scipy.sparse.linalg import aslinearoperator, eigsh, svds
 from torch import Tensor, nn
 
 from tests.operators.module_kinds import Calls
+from torch_rmt import operators
 from torch_rmt.operators import (
     Combination,
     Dense,
@@ -192,3 +193,89 @@ def test_operators_add_and_multiply_as_matrices_do() -> None:
         A + 1.0  # type: ignore[operator]
     with pytest.raises(TypeError):
         A * B  # type: ignore[operator]
+
+
+class Untrue(torch.autograd.Function):
+    """A sine whose backward is twice what it should be, and loses the second derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2.0 * g * x.cos().detach()
+
+
+class _WrongWhere(nn.Module):
+    """Two branches; where `wrong(module, hidden)` says so the second has a wrong derivative."""
+
+    def __init__(self, wrong: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.act, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 2)
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(x)
+        return self.head(self.act(torch.sin(self.a(x)) + (Untrue.apply(h) if self.wrong(self, h) else h.sin())))
+
+
+PARTLY_WRONG: dict[str, tuple[Any, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "mode": (lambda m, h: m.training, ({"mode": False}, {"mode": True})),
+    "type": (lambda m, h: h.dtype == torch.float64, ({"dtype": torch.float32}, {"dtype": torch.float64})),
+    "parameters": (lambda m, h: True, ({"params": "a"}, {"params": "b"})),
+    "target": (lambda m, h: True, ({"target": "a"}, {"target": "act"})),
+    "source": (lambda m, h: True, ({"source": "act"}, {"source": "b"})),
+    "sample": (lambda m, h: len(h) > 1, ({"samples": 1}, {"samples": 3, "sample": 1})),
+    "layers": (lambda m, h: True, ({"layers": ["a"]}, {"layers": ["act"]})),
+}
+MEASURED: dict[str, tuple[str, ...]] = {
+    "Hessian": ("mode", "type", "parameters"),
+    "GaussNewton": ("mode", "type", "parameters"),
+    "NeuralTangentKernel": ("mode", "type", "parameters"),
+    "Jacobian": ("mode", "type", "target", "source", "sample"),
+    "input_to_layers": ("mode", "type", "layers"),
+    "layers_to_output": ("mode", "type"),
+}
+
+
+def _trusts_reverse_mode(what: str, net: nn.Module, settings: dict[str, Any]) -> bool:
+    given = {"mode": False, "dtype": torch.float64, "samples": 1 if what == "Jacobian" else 4} | settings
+    net.train(given.pop("mode")).to(given["dtype"])
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(given["samples"], n, generator=generator).to(given["dtype"]) for n in (3, 2))
+    del given["samples"], given["dtype"]
+    batch = (F.mse_loss, (x, y)) if what in ("Hessian", "GaussNewton") else (x,)
+    try:
+        made = getattr(operators, what)(net, *batch, **given)
+        return not (hasattr(made, "engine") and made.engine.startswith("central differences"))
+    except EngineError:
+        return False
+
+
+@pytest.mark.parametrize(("what", "change"), [(w, c) for w, changes in MEASURED.items() for c in changes])
+def test_what_was_proved_of_one_is_not_believed_of_another(what: str, change: str) -> None:
+    """The same module, first where its derivatives are right and then where they are not."""
+    wrong, (right_there, wrong_there) = PARTLY_WRONG[change]
+    net = _WrongWhere(wrong)
+    assert _trusts_reverse_mode(what, net, right_there)
+    assert not _trusts_reverse_mode(what, net, wrong_there)
+
+
+def test_what_was_proved_of_one_loss_is_not_believed_of_another() -> None:
+    H = _hessian()
+    x, y = H.batches[0].inputs, H.batches[0].targets
+    right, wrong = (lambda o, t: F.cross_entropy(o.sin(), t)), (lambda o, t: F.cross_entropy(WrongBackward.apply(o), t))
+    assert right.__qualname__ == wrong.__qualname__
+    assert Hessian(H.pure.module, right, (x, y)).engine.startswith("vjp of grad")
+    trusted = Hessian(H.pure.module, wrong, (x, y))
+    assert trusted.engine.startswith("central differences")
+    torch.testing.assert_close(dense(trusted), dense(Hessian(H.pure.module, right, (x, y))), rtol=1e-5, atol=1e-7)

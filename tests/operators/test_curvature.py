@@ -218,6 +218,19 @@ def test_closure_and_adam() -> None:
     torch.testing.assert_close(dense(Scaled(H, scale)), D @ dense(H) @ D)
 
 
+def test_one_batch_that_is_not_convex_makes_the_whole_not_positive() -> None:
+    net, x = _net()
+    up = torch.ones(4, 3, dtype=torch.float64)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (target * output.square()).mean()  # curved as the target's sign says
+
+    for first, second in ((up, -2 * up), (-2 * up, up), (up, 2 * up)):
+        G = GaussNewton(net, loss, [(x[:4], first), (x[4:], second)])
+        values = torch.linalg.eigvalsh(dense(G))
+        assert G.positive == bool(values[0] > -1e-12 * values[-1].abs())
+
+
 def test_h0_and_h1_are_parts_of_h() -> None:
     net, x = _net()
     y = torch.randn(8, 3, dtype=torch.float64)

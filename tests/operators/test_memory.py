@@ -223,3 +223,29 @@ def test_an_estimate_that_runs_out_of_memory_is_planned_again(monkeypatch: Any) 
     found = affordable_spectrum(operator, _generator(), products=40)
     assert found.method.startswith("slq")
     assert any("planned again" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("cls", [Hessian, GaussNewton])
+def test_a_limit_holds_inside_its_context_and_changes_nothing_outside(cls: type[Curvature]) -> None:
+    net, (x, y) = _setting(12, 64)
+    net, x = net.double(), x.double()
+    operator = cls(net, F.cross_entropy, (x, y))
+    V = torch.randn(operator.shape[1], 3, generator=_generator(), dtype=torch.float64)
+    expected = operator.matmat(V)  # the graph of the whole batch is kept, and serves no part of it
+    quarter = cls(net, F.cross_entropy, (x[:16], y[:16])).footprint().product(1)
+    before = (operator.max_memory, operator.keep, operator.batches, operator.notes)
+    with operator.within(quarter):
+        assert max(b.samples for b in operator.batches) <= 16
+        assert not operator.keep
+        torch.testing.assert_close(operator.matmat(V), expected)
+    after = (operator.max_memory, operator.keep, operator.batches, operator.notes)
+    assert all(a is b for a, b in zip(after, before, strict=True))
+    torch.testing.assert_close(operator.matmat(V), expected)
+    tight = cls(net, F.cross_entropy, (x, y), max_memory=quarter)
+    parts = tight.batches
+    for wider in (None, 10**12):
+        with tight.within(wider):
+            assert (tight.max_memory, tight.batches) == (quarter, parts)
+    with tight.within(quarter // 2):
+        assert tight.max_memory == quarter // 2
+        assert len(tight.batches) > len(parts)

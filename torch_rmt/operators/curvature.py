@@ -240,7 +240,8 @@ class Curvature(SymmetricOfModel):
     def _key(self, order: str) -> object:
         modes = tuple(training for _, training in self.pure.modes)
         name = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
-        return (order, name, modes, self.dtype, tuple(self.pure.names))
+        code = getattr(self.loss, "__code__", None)  # all lambdas of a function share its name
+        return (order, name, code, modes, self.dtype, tuple(self.pure.names))
 
     def _loss_of(self, batch: Batch) -> Differentiable:
         """Loss of one batch by the parameters."""
