@@ -1,10 +1,10 @@
 """LinearOperator -> Spectrum: dense, Lanczos and stochastic estimators, each with its standard error."""
 
+from torch_rmt.operators.arithmetic import DenseOperator as DenseOperator
 from torch_rmt.spectra.affordable import affordable_spectrum as affordable_spectrum
 from torch_rmt.spectra.block_lanczos import block_gauss_rule as block_gauss_rule
 from torch_rmt.spectra.block_lanczos import block_lanczos as block_lanczos
 from torch_rmt.spectra.block_slq import BlockSLQ as BlockSLQ
-from torch_rmt.spectra.dense import DenseOperator as DenseOperator
 from torch_rmt.spectra.exact import exact as exact
 from torch_rmt.spectra.exact import to_dense as to_dense
 from torch_rmt.spectra.extremes import ExtremeEigenvalues as ExtremeEigenvalues
