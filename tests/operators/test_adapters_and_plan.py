@@ -25,6 +25,7 @@ from torch_rmt.operators import (
     dense,
     from_curvlinops,
     from_scipy,
+    layer_blocks,
     plan,
     to_scipy,
 )
@@ -141,6 +142,19 @@ def test_a_wrong_second_derivative_is_not_trusted() -> None:
         assert float((dense(H) - reference).norm()) < 1e-6 * float(reference.norm())
     else:
         pytest.fail(f"trusted {H.engine}")
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_blocks_of_a_wrong_second_derivative_are_not_trusted(order: str) -> None:
+    """Only the block of `a` lies behind the function that is wrong, whichever comes first."""
+    torch.manual_seed(0)
+    net = Calls(lambda m, x: m.b(WrongBackward.apply(m.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double()
+    right = Calls(lambda m, x: m.b(torch.sin(m.a(x))), a=net.a, b=net.b)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    groups = {name: name for name in order}
+    expected = layer_blocks(Hessian(right, F.mse_loss, (x, y)), groups)
+    for name, block in layer_blocks(Hessian(net, F.mse_loss, (x, y)), groups).items():
+        assert float((dense(block) - dense(expected[name])).norm()) < 1e-6 * float(dense(expected[name]).norm())
 
 
 def test_an_asymmetric_hessian_is_not_trusted() -> None:

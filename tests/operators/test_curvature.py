@@ -66,6 +66,23 @@ def test_sampled_fisher_converges_to_the_exact_one(name: str) -> None:
     assert 4 < gaps[0] / gaps[1] < 25  # falls as 1/sqrt(draws): by 10
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_labels_are_drawn_from_the_seed_and_anew_for_every_batch(seed: int) -> None:
+    net, x = _net()
+    y = torch.randint(0, 3, (8,))
+
+    def sampled(batches: Any, seed: int) -> Tensor:
+        operator = Fisher(net, F.cross_entropy, batches, kind="sampled", seed=seed)
+        assert operator.positive
+        return dense(operator)
+
+    one = sampled((x, y), seed)
+    assert torch.equal(one, sampled((x, y), seed))
+    assert float((one - sampled((x, y), seed + 1)).norm()) > 0.05 * float(one.norm())
+    twice = sampled([(x, y), (x, y)], seed)  # two labels a sample: the mean of two independent draws
+    assert float((one - twice).norm()) > 0.05 * float(one.norm())
+
+
 @pytest.mark.parametrize("loss", [F.huber_loss, F.l1_loss, lambda o, t: (o - t).pow(4).mean()])
 def test_exact_fisher_of_no_likelihood_is_refused(loss: Any) -> None:
     net, x = _net()

@@ -181,9 +181,39 @@ def test_max_memory_cuts_batches_and_blocks_go_by_the_whole() -> None:
     assert any("recomputed" in note for note in tight.notes)
     torch.testing.assert_close(dense(tight), dense(plain), rtol=1e-10, atol=1e-13)
     for name, block in layer_blocks(tight).items():
+        assert type(block).__name__ == "_Restricted"  # a shared graph would be a kept graph
         torch.testing.assert_close(dense(block), dense(layer_blocks(plain)[name]), rtol=1e-10, atol=1e-13)
     none = Hessian(net, F.cross_entropy, (x, y), max_memory=0)
     assert any("is not kept to" in note for note in none.notes)
+
+
+def test_graphs_of_many_batches_are_kept_while_they_fit_half_of_what_is_free(monkeypatch: Any) -> None:
+    net, (x, y) = _setting(40, width=5)
+    pieces = list(zip(x.split(10), y.split(10), strict=True))
+    plain = Hessian(net, F.cross_entropy, pieces)
+    one = Hessian(net, F.cross_entropy, pieces[0]).footprint()
+    assert plain.footprint(keep=True).kept == 4 * one.kept
+    assert plain.footprint(keep=False).kept == one.kept
+    need = plain.footprint(keep=True).product(1)
+    V = torch.randn(plain.shape[1], 2, dtype=torch.float64)
+    for free, kept in ((2 * need, True), (2 * need - 2, False)):
+        monkeypatch.setattr("torch_rmt.operators.curvature.free_bytes", lambda _, free=free: free)
+        operator = Hessian(net, F.cross_entropy, pieces)
+        assert operator.keep == kept
+        assert any("recomputed in every product" in note for note in operator.notes) != kept
+        torch.testing.assert_close(operator.matmat(V), plain.matmat(V), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_the_dual_of_an_operator_that_was_cut_is_the_dual_of_the_whole(kind: Any) -> None:
+    net, (x, y) = _setting(32, width=5)
+    whole = Fisher(net, F.cross_entropy, (x, y), kind=kind)
+    quarter = Fisher(net, F.cross_entropy, (x[:8], y[:8])).footprint().product(1)
+    tight = Fisher(net, F.cross_entropy, (x, y), kind=kind, max_memory=quarter)
+    assert len(tight.batches) == 4
+    gram = dual_gram(tight)
+    assert gram.method == "Gram matrices of the modules"
+    torch.testing.assert_close(gram.matrix, dual_gram(whole).matrix)
 
 
 def test_affordable_spectrum_is_exact_where_that_is_cheaper_and_keeps_to_its_seconds() -> None:
