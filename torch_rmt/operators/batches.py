@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_rmt.operators.losses import Loss, count_terms
-from torch_rmt.operators.pure import PureModel, first_tensor, tree_map
+from torch_rmt.operators.pure import PureModel
+from torch_rmt.operators.trees import first_tensor, part_of
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,15 @@ class Batch:
     terms: float
 
 
-def as_pairs(data: Any) -> list[tuple[Any, Any]]:
+def as_pairs(data: Any, model: nn.Module) -> list[tuple[Any, Any]]:
     """Read `(inputs, targets)` as one batch; a list of pairs or a loader as many. A loader is read once.
 
-    A list of two tensors, as a `DataLoader` yields, is one batch too.
+    A list of two tensors, as a `DataLoader` yields, is one batch too. So is a mapping with an entry "labels": that is
+    the targets, and the model is called with the entries as keywords, "labels" only if its forward has that argument.
     """
-    if isinstance(data, tuple) and len(data) == 2:
+    if isinstance(data, Mapping):
+        return [_labelled(data, model)]
+    if isinstance(data, tuple) and len(data) == 2 and not all(isinstance(item, Mapping) for item in data):
         return [(data[0], data[1])]
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(
@@ -43,10 +48,25 @@ def as_pairs(data: Any) -> list[tuple[Any, Any]]:
         return [(items[0], items[1])]
     if not items:
         raise ValueError("there is no batch in the list or loader; pass at least one (inputs, targets)")
+    pairs = []
     for item in items:
+        if isinstance(item, Mapping):
+            item = _labelled(item, model)
         if not (isinstance(item, (tuple, list)) and len(item) == 2):
             raise TypeError(f"a batch must be a pair (inputs, targets), not {type(item).__name__}")
-    return [(item[0], item[1]) for item in items]
+        pairs.append((item[0], item[1]))
+    return pairs
+
+
+def _labelled(batch: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any], Any]:
+    """Keywords for the model, and the labels."""
+    if "labels" not in batch:
+        raise TypeError(
+            f"the batch is a mapping with {', '.join(map(str, batch))} and without 'labels'; pass (inputs, targets), "
+            "in which inputs may be a mapping of keywords for the model"
+        )
+    takes_labels = "labels" in inspect.signature(model.forward).parameters
+    return {key: value for key, value in batch.items() if key != "labels" or takes_labels}, batch["labels"]
 
 
 def read_batches(data: Any, pure: PureModel, loss: Loss) -> list[Batch]:
@@ -57,7 +77,7 @@ def read_batches(data: Any, pure: PureModel, loss: Loss) -> list[Batch]:
         ValueError: a batch is empty.
     """
     batches = []
-    for inputs, targets in as_pairs(data):
+    for inputs, targets in as_pairs(data, pure.module):
         inputs, targets = pure.prepare(inputs), pure.prepare(targets)
         samples = sample_count(inputs)
         terms = count_terms(loss, targets, samples)
@@ -68,28 +88,15 @@ def read_batches(data: Any, pure: PureModel, loss: Loss) -> list[Batch]:
 
 
 def cut(batch: Batch, size: int, loss: Loss) -> list[Batch] | None:
-    """Parts of at most `size` samples, or None where the batch cannot be cut or a part has no term.
-
-    Tensors whose first dimension is a multiple of the samples (tokens, say) are cut along it, others (a mask,
-    say) are given to every part; whether that is right, the caller must check.
-    """
+    """Parts of at most `size` samples, as `part_of`; None where a part has no term."""
     parts = []
     for start in range(0, batch.samples, size):
-        stop = min(start + size, batch.samples)
-
-        def piece(t: Tensor, start: int = start, stop: int = stop) -> Tensor:
-            if t.ndim == 0 or t.shape[0] % batch.samples:
-                return t
-            each = t.shape[0] // batch.samples
-            return t[start * each : stop * each]
-
-        if not isinstance(batch.targets, Tensor):
-            return None
-        inputs, targets = tree_map(piece, batch.inputs), piece(batch.targets)
-        terms = count_terms(loss, targets, stop - start)
+        part = slice(start, min(start + size, batch.samples))
+        inputs, targets = (part_of(tree, batch.samples, part) for tree in (batch.inputs, batch.targets))
+        terms = count_terms(loss, targets, part.stop - start)
         if terms == 0:
             return None
-        parts.append(Batch(inputs, targets, stop - start, terms))
+        parts.append(Batch(inputs, targets, part.stop - start, terms))
     return parts
 
 

@@ -75,7 +75,7 @@ class _SharedGraphs:
 
     def _loss(self, batch: Batch, index: int) -> tuple[Tensor, ...]:
         def run() -> tuple[Tensor, ...]:
-            loss = self.operator.loss(self.pure(self.leaves, batch.inputs), batch.targets)
+            loss = self.operator.loss(self.pure.raw(self.leaves, batch.inputs), batch.targets)
             return torch.autograd.grad(loss, self.leaves, create_graph=True, materialize_grads=True)
 
         with self.pure.guarded():

@@ -17,7 +17,9 @@ from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import Loss, adds_up, checked_loss, output_curvature
 from torch_rmt.operators.memory import Footprint, free_bytes, is_out_of_memory, saved_bytes
 from torch_rmt.operators.of_model import SymmetricOfModel
+from torch_rmt.operators.outputs import as_rows, check_taken
 from torch_rmt.operators.pure import PureModel
+from torch_rmt.operators.trees import tensors_of
 
 Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of rows (k, n)
 Pieces = Callable[[Tensor], Tensors]  # the same, the result in the shapes of the parameters
@@ -58,7 +60,9 @@ class Curvature(SymmetricOfModel):
         telling = next((i for i, b in enumerate(self.batches) if b.samples > 1), 0)
         with self.pure.guarded(), torch.no_grad():
             for i, b in enumerate(self.batches):
-                output = self.pure(self.pure.params, b.inputs)
+                output = self.pure.raw(self.pure.params, b.inputs)
+                if i == 0:
+                    self._accept(output, b)
                 checked_loss(loss(output, b.targets))
                 self.summed = adds_up(loss, output, b.targets, b.samples) if i == telling else self.summed
         if self.summed and self.of_a_mean:
@@ -72,6 +76,10 @@ class Curvature(SymmetricOfModel):
         self._saved: list[int] = []
         if max_memory is not None or len(self.batches) > 1:
             self._fit(max_memory)
+
+    def _accept(self, output: Any, batch: Batch) -> None:
+        """Decide how the model's output is read; refuse one that cannot be."""
+        self.pure.require_tensor(output)
 
     def share(self, batch: Batch) -> float:
         """Factor of a batch's loss in the loss of all: one for a sum over samples."""
@@ -131,7 +139,7 @@ class Curvature(SymmetricOfModel):
             if halves is None:
                 return False
             with self.pure.guarded(), torch.no_grad():
-                losses = [float(self.loss(self.pure(self.pure.params, h.inputs), h.targets)) for h in (b, *halves)]
+                losses = [float(self.loss(self.pure.raw(self.pure.params, h.inputs), h.targets)) for h in (b, *halves)]
             mean = sum(self.share(h) * value for h, value in zip(halves, losses[1:], strict=True)) / self.share(b)
             if not abs(mean - losses[0]) <= (1e-10 if self.dtype == torch.float64 else 1e-5) * (1e-3 + abs(losses[0])):
                 return False
@@ -246,7 +254,7 @@ class Curvature(SymmetricOfModel):
     def _loss_of(self, batch: Batch) -> Differentiable:
         """Loss of one batch by the parameters."""
         return Differentiable(
-            lambda *params: checked_loss(self.loss(self.pure(params, batch.inputs), batch.targets)),
+            lambda *params: checked_loss(self.loss(self.pure.raw(params, batch.inputs), batch.targets)),
             self.pure.params,
             self.pure.guarded,
             self.pure.within,
@@ -268,12 +276,14 @@ class Hessian(Curvature):
     """Hessian of a loss by the parameters, `H = d^2 L / d theta^2`, in `named_parameters()` order.
 
     `loss(output, target)` returns a scalar mean. `batch` is `(inputs, targets)`, a list of such pairs, or a
-    loader (each batch weighs as many terms as it has). `params` are names or globs; None takes all that
-    require a gradient. The matrix is symmetric, `(P, P)`, in units of loss per squared parameter.
+    loader (each batch weighs as many terms as it has); mappings with "labels" are batches too, with keywords
+    for the model. The model may return a dict, dataclass or tuple: the loss gets what it returns. `params` are
+    names or globs; None takes all that require a gradient. The matrix is symmetric, `(P, P)`, in units of loss
+    per squared parameter.
 
     Raises:
         ValueError: a non-finite loss, an empty batch, a name that matches nothing (with the nearest names).
-        TypeError: an output that is no tensor, a loss that is no scalar.
+        TypeError: a loss that is no scalar.
         EngineError: at the first product, when no engine can be trusted on this model.
 
     Source: Pearlmutter 1994 (fast exact multiplication by the Hessian).
@@ -287,6 +297,11 @@ class Hessian(Curvature):
                 [3., 2.]])
     """
 
+    def _accept(self, output: Any, batch: Batch) -> None:
+        if not isinstance(output, Tensor):
+            check_taken(self.loss, output, batch.targets)
+            self.pure.read = lambda tree: as_rows(tensors_of(tree))
+
     def _prepare(self, batch: Batch, index: int) -> Pieces:
         f = self._loss_of(batch)
         products, self._choice = climb(f, SECOND_ORDER, self.pure.module, self._key("second"), kept=self.keep)
@@ -297,7 +312,10 @@ class GaussNewton(Curvature):
     """Generalised Gauss-Newton matrix `G = J^T H_out J`, positive semi-definite for a convex loss.
 
     J is the Jacobian of the output by the parameters, `H_out` the Hessian of the loss by the output, in
-    closed form for cross-entropy and elementwise losses. Arguments and errors as for `Hessian`.
+    closed form for cross-entropy and elementwise losses. Arguments and errors as for `Hessian`, and:
+
+    Raises:
+        TypeError: an output that is no tensor.
 
     Source: Schraudolph 2002; Martens 2020, section 8.
 

@@ -27,8 +27,9 @@ from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import output_curvature
 from torch_rmt.operators.memory import is_out_of_memory
 from torch_rmt.operators.places import Place, tensor_at
-from torch_rmt.operators.pure import PureModel, first_tensor
+from torch_rmt.operators.pure import PureModel
 from torch_rmt.operators.shifts import by_shifts
+from torch_rmt.operators.trees import first_tensor
 
 _PRODUCTS = "by products"
 

@@ -14,7 +14,8 @@ from torch_rmt.operators.curvature import GaussNewton
 from torch_rmt.operators.fisher import PerSample
 from torch_rmt.operators.kernel import NeuralTangentKernel
 from torch_rmt.operators.memory import free_bytes
-from torch_rmt.operators.pure import PureModel, first_tensor
+from torch_rmt.operators.pure import PureModel
+from torch_rmt.operators.trees import first_tensor
 
 # In units of what a forward pass saves: a kept graph by the modules' outputs with a backward pass, and each further
 # column of the same backward pass.

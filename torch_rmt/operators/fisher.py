@@ -13,6 +13,8 @@ from torch_rmt.operators.batches import Batch
 from torch_rmt.operators.curvature import GaussNewton, Product
 from torch_rmt.operators.engines import gradient
 from torch_rmt.operators.losses import Loss, checked_loss, known_likelihood, label_seed
+from torch_rmt.operators.outputs import as_rows, check_taken, loss_gradients, places_by_sample
+from torch_rmt.operators.trees import tensors_of
 
 
 class PerSample(GaussNewton):
@@ -21,10 +23,24 @@ class PerSample(GaussNewton):
     kind: Literal["exact", "sampled", "empirical"] = "empirical"
     draws = 1
     seed = 0
+    _places: tuple[int, ...] | None = None  # of what the loss takes from an output that is no tensor
 
     def _known_likelihood(self, output: Tensor, batch: Batch) -> Callable[[torch.Generator], Tensor]:
         with self.pure.guarded():
             return known_likelihood(self.loss, output, batch.targets)
+
+    def _accept(self, output: Any, batch: Batch) -> None:
+        if isinstance(output, Tensor) or self.kind != "empirical":
+            super()._accept(output, batch)
+            return
+        check_taken(self.loss, output, batch.targets)
+        places = places_by_sample(self.loss, output, batch.targets, batch.samples)
+
+        def read(tree: Any) -> Tensor:
+            tensors = tensors_of(tree)
+            return as_rows([tensors[i] for i in places])
+
+        self._places, self.pure.read = places, read
 
     def _middle(self, output: Tensor, batch: Batch, index: int) -> Product:
         if self.kind == "exact":
@@ -42,9 +58,8 @@ class PerSample(GaussNewton):
     def residuals(self, output: Tensor, batch: Batch, index: int) -> Float[Tensor, "draws samples outputs"]:
         """Vectors z with `F = sum_draws sum_n (J_n^T z_n)(J_n^T z_n)^T` for this batch."""
         if self.kind == "empirical":
-            leaf = output.detach().clone().requires_grad_()
             with self.pure.guarded():
-                (r,) = torch.autograd.grad(checked_loss(self.loss(leaf, batch.targets)), leaf)
+                r = self._loss_gradient(output, batch)
             scale = 1.0 if self.summed else (self.samples * self.share(batch)) ** 0.5
             scaled: Tensor = scale * r.reshape(1, batch.samples, -1)
             return scaled
@@ -52,6 +67,16 @@ class PerSample(GaussNewton):
         generator = torch.Generator(device=self.device).manual_seed(label_seed(self.seed, index))
         drawn: Tensor = torch.stack([draw(generator) for _ in range(self.draws)]) / self.draws**0.5
         return drawn.reshape(self.draws, batch.samples, -1)
+
+    def _loss_gradient(self, output: Tensor, batch: Batch) -> Tensor:
+        """Gradient of a batch's loss by its output; to be used inside `guarded`."""
+        if self._places is None:
+            leaf = output.detach().clone().requires_grad_()
+            return torch.autograd.grad(checked_loss(self.loss(leaf, batch.targets)), leaf)[0]
+        with torch.no_grad():
+            whole = self.pure.raw(self.pure.params, batch.inputs)
+        tensors, found = tensors_of(whole), loss_gradients(self.loss, whole, batch.targets)
+        return as_rows([found.get(i, torch.zeros_like(tensors[i])) for i in self._places])
 
 
 class Fisher(PerSample):
@@ -68,7 +93,8 @@ class Fisher(PerSample):
 
     Raises:
         ValueError: an unknown kind.
-        TypeError: exact or sampled Fisher of a loss that is no known negative log-likelihood.
+        TypeError: exact or sampled Fisher of a loss that is no known negative log-likelihood, or of a model that
+            returns no tensor (the empirical one takes what the loss takes, but no mean that the model computed itself).
 
     Source: Martens 2020; Kunstner, Balles, Hennig 2019 (why empirical is another matrix).
 
@@ -97,8 +123,8 @@ class Fisher(PerSample):
             raise ValueError(f"kind must be 'exact', 'sampled' or 'empirical', not {kind!r}")
         if draws < 1:
             raise ValueError(f"draws must be at least 1, not {draws}")
-        super().__init__(model, loss, batch, params, max_memory=max_memory)
         self.kind, self.draws, self.seed = kind, draws, seed
+        super().__init__(model, loss, batch, params, max_memory=max_memory)
         if kind != "empirical":
             first = self.batches[0]
             with self.pure.guarded(), torch.no_grad():

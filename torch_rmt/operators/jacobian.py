@@ -21,7 +21,8 @@ from torch_rmt.operators.places import (
     replace_first,
     tensor_at,
 )
-from torch_rmt.operators.pure import PureModel, first_tensor
+from torch_rmt.operators.pure import PureModel
+from torch_rmt.operators.trees import first_tensor
 
 
 class Jacobian(LinearOperator):

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from torch_rmt.operators.pure import first_tensor, nearest, tree_map
+from torch_rmt.operators.pure import nearest
+from torch_rmt.operators.trees import first_tensor, tree_map
 
 
 @dataclass(frozen=True)

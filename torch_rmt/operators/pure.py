@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_rmt.guard import undisturbed
+from torch_rmt.operators.trees import entries_of, picked, tree_map
 
 _HALF = (torch.float16, torch.bfloat16)
 MASK_SEED = 0x5EED  # dropout draws from this state in every call, so that all products see the same mask
@@ -65,38 +66,14 @@ def select(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
     return [name for name in named if name in hit]
 
 
-def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor of nested tuples, lists and dicts; leave the rest."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(tree_map(function, t) for t in tree))
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(tree_map(function, t) for t in tree)
-    if isinstance(tree, dict):
-        return {key: tree_map(function, value) for key, value in tree.items()}
-    return tree
-
-
-def first_tensor(tree: Any) -> Tensor | None:
-    """The first tensor in nested tuples, lists and dicts."""
-    found: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    tree_map(keep, tree)
-    return found[0] if found else None
-
-
 class PureModel:
     """A module at one moment, as a function `parameters -> output` without side effects.
 
     Parameters, buffers and modes are those at construction. Inside every call the buffers are clones, so
     BatchNorm in train mode uses the batch's statistics and moves none, and the random generator starts from
     one fixed seed, so dropout draws the same mask in every product. Parameters in half precision are measured
-    in float32 copies; `notes` says so.
+    in float32 copies; `notes` says so. A call returns a tensor: `read` makes it of what the module returns, and refuses
+    what is no tensor unless it is replaced.
     """
 
     def __init__(self, model: nn.Module, params: str | Sequence[str] | None = None) -> None:
@@ -137,6 +114,7 @@ class PureModel:
             for part in (m, *m._forward_pre_hooks.values())
         )
         self.sizes = [p.numel() for p in self.params]
+        self.read: Callable[[Any], Tensor] = self.require_tensor
         self.draws: bool | None = None  # whether the forward pass draws random numbers; known after the first
 
     def _float(self, t: Tensor) -> Tensor:
@@ -202,7 +180,7 @@ class PureModel:
 
     def __call__(self, params: Sequence[Tensor], inputs: Any) -> Tensor:
         """Return the output as a tensor; to be used inside `guarded`."""
-        return self.require_tensor(self.raw(params, inputs))
+        return self.read(self.raw(params, inputs))
 
     def require_tensor(self, output: Any) -> Tensor:
         """The output; TypeError, with the remedy, for a model that returns something else than a tensor."""
@@ -213,17 +191,17 @@ def require_tensor(output: Any, module: nn.Module) -> Tensor:
     """The output; TypeError, with the remedy, for a model that returns something else than a tensor."""
     if not isinstance(output, Tensor):
         raise TypeError(
-            f"the output of {type(module).__name__} is a {type(output).__name__}, not a tensor: "
+            f"the output of {type(module).__name__} is a {type(output).__name__}{entries_of(output)}, not a tensor: "
             "wrap the model in a module whose forward returns the tensor that the loss takes (such as "
-            "`return self.model(x).logits`)"
+            f"`return {picked('self.model(x)', output)}`); Hessian and Fisher(kind='empirical') take the model as it is"
         )
     return output
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model is called with: a dict holds keywords, a tuple or list arguments, all else is the only one."""
-    if isinstance(inputs, dict):
-        return (), inputs
+    """What the model is called with: a mapping holds keywords, a tuple or list arguments, all else is the only one."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 

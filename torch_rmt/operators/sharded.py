@@ -48,7 +48,7 @@ class ShardedHessian(LinearOperator):
     def __init__(self, model: nn.Module, loss: Loss, batch: Any, params: str | Sequence[str] | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("torch.distributed is not initialised; in one process use Hessian")
-        self.model, self.loss, self.pairs = model, loss, as_pairs(batch)
+        self.model, self.loss, self.pairs = model, loss, as_pairs(batch, model)
         _reshard(model)
         self.names = select(model, params)
         named = dict(model.named_parameters())

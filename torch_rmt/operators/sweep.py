@@ -31,8 +31,9 @@ from torch_rmt.operators.places import (
     replace_first,
     tensor_at,
 )
-from torch_rmt.operators.pure import PureModel, first_tensor
+from torch_rmt.operators.pure import PureModel
 from torch_rmt.operators.shifts import by_shifts
+from torch_rmt.operators.trees import first_tensor
 
 # Forward mode first: one pass carries the tangents of all layers.
 _FORWARD_FIRST = tuple(sorted(FIRST_ORDER, key=lambda rung: rung[0] != "forward mode"))
