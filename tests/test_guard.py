@@ -12,11 +12,14 @@ from torch import nn
 
 from torch_rmt.guard import undisturbed
 
+CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
+
 
 def _net() -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     net.history = [1, 2]
+    net.seen = {1}
     net.count = 0
     net(torch.randn(5, 3)).sum().backward()
     return net.train()
@@ -26,6 +29,7 @@ def _wreck(net: nn.Module) -> None:
     net.eval()
     net.count += 1
     net.history.append(3)
+    net.seen.add(3)
     net.extra = torch.ones(1)
     net[0].register_forward_hook(lambda *_: None)
     net[3].weight.requires_grad_(False)
@@ -36,7 +40,8 @@ def _wreck(net: nn.Module) -> None:
     net[1].num_batches_tracked = torch.tensor(99)
     torch.rand(3), np.random.rand(), random.random()  # noqa: NPY002
     torch.manual_seed(1)
-    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    for flag in CUDNN_FLAGS:
+        setattr(torch.backends.cudnn, flag, not getattr(torch.backends.cudnn, flag))
 
 
 def _state(net: nn.Module) -> list[Any]:
@@ -47,7 +52,8 @@ def _state(net: nn.Module) -> list[Any]:
         [p.requires_grad for p in net.parameters()],
         [id(p.grad) for p in net.parameters()],
         [sorted(vars(m)) for m in net.modules()],
-        (net.count, list(net.history), len(net[0]._forward_hooks), torch.backends.cudnn.benchmark),
+        (net.count, list(net.history), set(net.seen), len(net[0]._forward_hooks)),
+        [getattr(torch.backends.cudnn, flag) for flag in CUDNN_FLAGS],
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
         random.getstate(),
