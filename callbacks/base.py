@@ -208,7 +208,7 @@ class SpectralCallback(LightningCallback):
                 with self.budget.charged():
                     if not self._affords(trainer, name, measurement, point, last=last):
                         continue
-                    reports = self._take(trainer, name, measurement, point)
+                    reports = self._take(trainer, name, measurement, point, step)
                     self.latest |= {report.name: report for report in reports}
                     self.first = self.latest | self.first
                     if trainer.is_global_zero:
@@ -236,19 +236,21 @@ class SpectralCallback(LightningCallback):
             )
         return allowed
 
-    def _take(self, trainer: Any, name: str, measurement: Measurement, point: Point) -> Sequence[Report]:
+    def _take(self, trainer: Any, name: str, measurement: Measurement, point: Point, step: int) -> Sequence[Report]:
         try:
             return measurement.take(point)
         except Exception as error:
             where = failing_module(error, point.model)
-            if where is None and isinstance(error, (ValueError, ArithmeticError)):
-                where = first_not_finite(point.model, point.inputs)
+            spoilt = None
+            if isinstance(error, (ValueError, ArithmeticError)):
+                spoilt = first_not_finite(point.model, point.inputs)
+            where = where or spoilt
             place = f"{f'in layer {where!r} ' if where else ''}of {type(point.model).__name__}"
             self._warn(
                 trainer,
                 name,
-                f"could not measure the {name} spectrum {place}: {_said(error)} Training goes on; "
-                f"this is said once. {_remedy(error, name)}",
+                f"could not measure the {name} spectrum at step {step} {place}: {_said(error)} Training goes on; "
+                f"this is said once. {_remedy(error, name, spoilt)}",
             )
             return ()
 
@@ -305,9 +307,18 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text}{'' if text.endswith('.') else '.'}"
 
 
-def _remedy(error: Exception, name: str) -> str:
+def _remedy(error: Exception, name: str, spoilt: str | None) -> str:
     if isinstance(error, torch.OutOfMemoryError):
-        return "Measure fewer parameters (params=) or a smaller batch (batch=)."
-    if name == "jacobian":
-        return "Choose other ends with JacobianSpectrum(source=..., target=...), or leave it out."
-    return "If the loss is called otherwise, pass loss=lambda output, target: ...; or leave this out."
+        return "Measure a smaller batch (batch=) or a part of the network (model=)."
+    if spoilt is not None:
+        return (
+            f"{spoilt!r} is not finite: if the reports before were sound the run has diverged since, so lower the "
+            "learning rate, clip gradients or draw the weights with CriticalInit; else look at the data."
+        )
+    if name in ("jacobian", "freeness"):
+        kind = "JacobianSpectrum" if name == "jacobian" else "FreenessGap"
+        return f"Choose other ends with {kind}(source=..., target=...), or leave it out."
+    return (
+        "If training_step makes the loss otherwise, pass loss=lambda output, target: ... and "
+        "batch=lambda batch: (inputs, targets); or leave this out."
+    )

@@ -99,7 +99,7 @@ class SpectralMonitor(SpectralCallback):
 
     Example:
         >>> import pytorch_lightning as pl
-        >>> trainer = pl.Trainer(callbacks=[SpectralMonitor()], accelerator="cpu", logger=False)
+        >>> trainer = pl.Trainer(callbacks=[SpectralMonitor()], accelerator="cpu")
     """
 
     def __init__(self, **others: Any) -> None:

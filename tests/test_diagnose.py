@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from torch_rmt.diagnose import diagnose, jacobian_report, measure
 from torch_rmt.init import critical_init_
+from torch_rmt.learning_rate import suggest_lr
 from torch_rmt.operators import GaussNewton, Hessian
 
 
@@ -118,6 +119,61 @@ def test_a_cnn_and_a_model_that_theory_does_not_know() -> None:
     report = jacobian_report(Odd(), X)
     assert report.prediction is None
     assert "softmax" in report.verdict
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_chi_of_a_bottleneck_is_that_of_gradients(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(400, 200), nn.Tanh(), nn.Linear(200, 100), nn.Tanh(), nn.Linear(100, 50))
+    for layer in net[::2]:
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    x = torch.randn(1, 400)
+    report = jacobian_report(net, x)
+    dense = torch.autograd.functional.jacobian(net, x)[0, :, 0]
+    # a gradient at the output that points anywhere, |u| = 1, has E|J^T u|^2 = |J|_F^2 / 50 at the input
+    assert report.facts["chi"] ** 3 == pytest.approx(float(dense.square().sum()) / 50, rel=1e-4)
+    assert report.prediction is not None
+    assert report.prediction.scalars["chi"] == pytest.approx(report.facts["chi"], rel=0.1)
+
+
+def test_chi_is_counted_alike_in_measurement_and_law() -> None:
+    """From a pre-activation on, the law's first and last entries are half a layer each."""
+    report = jacobian_report(mlp(6, 64), torch.randn(1, 64))
+    assert report.facts["depth"] == 5
+    assert report.prediction is not None
+    assert report.prediction.scalars["chi"] ** 5 == pytest.approx(report.prediction.measure.mean, rel=1e-9)
+    assert report.scalars()["predicted/chi"] == pytest.approx(report.facts["chi"], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_freeness_of_a_network_in_half_precision(dtype: torch.dtype) -> None:
+    net, x = mlp(4), torch.randn(4, 16)
+    wide = diagnose(net, (x, Y[:4]), functional.cross_entropy, what=("freeness",))["freeness"]
+    half = diagnose(net.to(dtype), (x.to(dtype), Y[:4]), functional.cross_entropy, what=("freeness",))["freeness"]
+    assert half.prediction is not None, half.verdict
+    assert wide.prediction is not None
+    assert half.prediction.measure.mean == pytest.approx(wide.prediction.measure.mean, rel=0.02)
+
+
+def test_findings_print_their_words() -> None:
+    net = mlp(3)
+    found = diagnose(net, (X, Y), functional.cross_entropy, what=("jacobian", "fisher"))
+    assert str(found).splitlines() == [found.summary(), *(f"{r.name}: {r.verdict}" for r in found.reports)]
+    assert "the Hessian's residual part may allow less" in found["fisher"].verdict
+    made = critical_init_(net, X)
+    assert str(made) == made.verdict
+    advice = suggest_lr(net, (X, Y), functional.cross_entropy)
+    assert str(advice) == advice.advice
+
+
+def test_one_singular_value_agrees_with_nothing() -> None:
+    """The Jacobian of a single output: the noise floor would excuse any distance."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
+    report = jacobian_report(net, X)
+    assert report.distance("kolmogorov").noise > 1 / 2.5
+    assert report.agrees is None
+    assert report.verdict.startswith("Too small to tell")
 
 
 def test_bad_input_is_refused_with_advice() -> None:

@@ -52,6 +52,9 @@ class LearningRateReport:
     suggested: float
     advice: str
 
+    def __str__(self) -> str:
+        return self.advice
+
     def scalars(self) -> dict[str, float]:
         """Finite numbers worth a curve."""
         out = {

@@ -226,7 +226,7 @@ def test_a_measurement_that_fails_warns_once_and_training_goes_on() -> None:
         trainer = fit(module, [monitor])
     (message,) = messages(caught)
     assert trainer.global_step == 6
-    assert message.startswith("SpectralMonitor could not measure the jacobian spectrum in layer 'net.1'")
+    assert message.startswith("SpectralMonitor could not measure the jacobian spectrum at step 0 in layer 'net.1'")
     assert "RuntimeError: one sample is not enough for me" in message
     assert "Training goes on" in message
     assert "JacobianSpectrum(source=" in message
@@ -244,8 +244,10 @@ def test_a_loss_that_is_not_finite_is_said_once_with_the_layer() -> None:
     assert trainer.global_step == 6
     assert len(said) == 2
     for message, what in zip(said, ("hessian", "fisher"), strict=True):
-        assert f"could not measure the {what} spectrum in layer 'net.2.weight'" in message
+        assert f"could not measure the {what} spectrum at step 0 in layer 'net.2.weight'" in message
         assert "nan" in message
+        assert "'net.2.weight' is not finite" in message
+        assert "lower the learning rate" in message
 
 
 def test_a_batch_that_is_no_pair_is_said_once_with_the_remedy() -> None:

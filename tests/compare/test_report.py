@@ -59,11 +59,21 @@ def test_without_a_law_the_report_says_why() -> None:
     assert json.loads(report.to_json())["prediction"] is None
 
 
-@pytest.mark.parametrize(("chi", "word"), [(1.2, "Chaotic"), (0.8, "Ordered"), (1.0001, "Critical")])
-def test_gradients_in_words(chi: float, word: str) -> None:
-    report = compare(measured(), Prediction(Semicircle(), {"chi": chi, "depth": 40.0}))
+@pytest.mark.parametrize(
+    ("chi", "depth", "word"),
+    [
+        (1.2, 40.0, "Chaotic"),
+        (0.8, 40.0, "Ordered"),
+        (1.0001, 40.0, "Critical"),
+        (0.13, 1.0, "Shallow enough"),
+        (1.7, 3.0, "Shallow enough"),
+    ],
+)
+def test_gradients_in_words(chi: float, depth: float, word: str) -> None:
+    report = compare(measured(), Prediction(Semicircle(), {"chi": chi, "depth": depth}))
     assert word in report.verdict
-    assert ("critical_init_" in report.verdict) == (word != "Critical")
+    assert ("critical_init_" in report.verdict) == (word in ("Chaotic", "Ordered"))
+    assert ("gradients grow" in report.verdict) == (chi > 1)
 
 
 @pytest.mark.parametrize("law", [Semicircle(2.0), MarchenkoPastur(0.5), FussCatalan(2.0), FussCatalan(6.0)], ids=repr)
@@ -177,7 +187,9 @@ def test_a_coarse_measurement_decides_nothing(seed: int) -> None:
 
     assert report(60).agrees is False
     assert report(2).agrees is None
-    assert "Too coarse" in report(2).verdict
+    # all eigenvalues are known: more probes would not help
+    assert "Too small to tell" in report(2).verdict
+    assert "probes" not in report(2).verdict
 
 
 def test_a_stated_error_of_zero_is_taken_at_its_word() -> None:

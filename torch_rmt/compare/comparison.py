@@ -55,8 +55,8 @@ def compare(
     distribution function. "shape" has the same without what `finite_size_error` allows for the scale, and
     "wasserstein" the same times the width of the law from its 1 % to its 99 % point, joined by its standard deviation
     over sqrt(dim). The law "agrees" up to 2.5 times the floor of both Kolmogorov distances; a law that is a point is
-    judged by the Wasserstein distance. Beyond a distance of 0.2 that noise alone could excuse, and where nearly all
-    eigenvalues lie below a given `zero`, nothing is decided.
+    judged by the Wasserstein distance. Beyond a distance of 0.2 that noise alone could excuse, where the floor would
+    excuse any distance, and where nearly all eigenvalues lie below a given `zero`, nothing is decided.
 
     Args:
         spectrum: the measurement.
@@ -100,7 +100,9 @@ def compare(
         agrees = all(d is None or d.ratio <= AGREES_UP_TO for d in (ks, shape))
     zeros = _zeros(nodes, weights, prediction, zero)
     blind = zero > numerical_zero(spectrum) and 1.0 - min(zeros) <= AGREES_UP_TO * noise
-    decision = None if agrees and (ks.value > _TOO_COARSE or blind) else agrees
+    # A floor that no distance between two laws could exceed tests nothing.
+    hopeless = all(d is None or AGREES_UP_TO * d.noise >= 1.0 for d in (ks, shape))
+    decision = None if agrees and (ks.value > _TOO_COARSE or blind or hopeless) else agrees
     verdict = agreement_in_words(
         agrees=decision,
         kolmogorov=ks,
@@ -110,6 +112,7 @@ def compare(
         spread=spreads(nodes, weights, table, scale, zero),
         outliers=outliers,
         blind=zero if blind else None,
+        estimated=spectrum.probes > 0 and noise > 2.0 * _width_noise(spectrum, prediction, size),
     )
     distances = tuple(d for d in (w1, ks, shape) if d is not None)
     words = {key: float(value) for key, value in prediction.scalars.items()} | facts
@@ -129,6 +132,17 @@ def noise_floor(
     spectrum: Spectrum, prediction: Prediction, *, shape: bool = False, zero: float = 0.0, size: float | None = None
 ) -> float:
     """Kolmogorov distance to expect if the law were right: finite width, probes, steps of the data beyond `zero`."""
+    width = _width_noise(spectrum, prediction, size, shape=shape)
+    nodes, _ = points(spectrum)
+    probe = probe_noise(spectrum)
+    # A uniform error on [-w/2, w/2] has standard deviation w / sqrt(12) and supremum w / 2.
+    beyond = nodes[np.abs(nodes) > zero] if (np.abs(nodes) > zero).any() else nodes
+    step = math.sqrt(3.0) * float(spectrum.cdf_resolution(beyond, zero).max())
+    return float(np.hypot(width, probe) + max(step, 0.5 / spectrum.dim))
+
+
+def _width_noise(spectrum: Spectrum, prediction: Prediction, size: float | None, *, shape: bool = False) -> float:
+    """The part of the noise floor that no better measurement lowers: networks of this size differ by as much."""
     stated = prediction.finite_size_error
     if shape or stated is None or not math.isfinite(stated):
         stated = None
@@ -138,12 +152,7 @@ def noise_floor(
         binomial = max((m * (1 - m) for _, m in prediction.measure.atoms()), default=0.0)
         units = spectrum.dim if size is None else min(size, spectrum.dim)
         width = max(width, _RIGID / units + math.sqrt(max(binomial, 0.0) / units))
-    nodes, _ = points(spectrum)
-    probe = probe_noise(spectrum)
-    # A uniform error on [-w/2, w/2] has standard deviation w / sqrt(12) and supremum w / 2.
-    beyond = nodes[np.abs(nodes) > zero] if (np.abs(nodes) > zero).any() else nodes
-    step = math.sqrt(3.0) * float(spectrum.cdf_resolution(beyond, zero).max())
-    return float(np.hypot(width, probe) + max(step, 0.5 / spectrum.dim))
+    return width
 
 
 def probe_noise(spectrum: Spectrum) -> float:

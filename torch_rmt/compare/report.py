@@ -83,6 +83,9 @@ class Report:
     agrees: bool | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.verdict}"
+
     def distance(self, kind: str) -> Distance | None:
         """Return the distance of that kind, or None where it was not taken."""
         return next((d for d in self.distances if d.kind == kind), None)

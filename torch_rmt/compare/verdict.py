@@ -10,7 +10,8 @@ import numpy as np
 from torch_rmt.compare.distances import Tabulated
 from torch_rmt.compare.report import Distance, Outlier
 
-_BAND = 10.0  # gradients that change by less than this over the whole chain need no word
+_BAND = 10.0  # gradients that change by less than this over the whole chain do no harm
+_NEAR_ONE = 0.1  # |log chi| up to which a layer is called critical
 AGREES_UP_TO = 2.5  # in units of the noise floor
 WHY_ANOTHER_SHAPE = (
     "At initialisation: weights are not independent, or a layer is not what it was read as; later: what training has "
@@ -29,6 +30,7 @@ def agreement_in_words(
     spread: tuple[float, float],
     outliers: tuple[Outlier, ...],
     blind: float | None = None,
+    estimated: bool = True,
 ) -> str:
     """Say whether the law holds and, if not, in what the measurement differs.
 
@@ -42,6 +44,7 @@ def agreement_in_words(
         outliers: beyond the edges.
         blind: size below which nearly all eigenvalues lie and are not told from zero, where that is why nothing is
             decided.
+        estimated: whether more probes and Lanczos steps would lower the noise; else the matrix itself is the limit.
     """
     numbers = f"Kolmogorov distance {kolmogorov.value:.2g}, noise {kolmogorov.noise:.2g}"
     tail = ""
@@ -58,10 +61,14 @@ def agreement_in_words(
             f"Too coarse to tell: {zeros[0]:.1%} of the eigenvalues lie below {blind:.2g}, which this measurement does "
             f"not tell from zero ({numbers}). More Lanczos steps resolve more: SLQ(depth=...)." + tail
         )
-    if agrees is None:
+    if agrees is None and estimated:
         return (
             f"Too coarse to tell ({numbers}): more probes and Lanczos steps resolve more, SLQ(probes=..., depth=...)."
             + tail
+        )
+    if agrees is None:
+        return (
+            f"Too small to tell ({numbers}): drawn networks of this size differ by as much, wider ones by less." + tail
         )
     if agrees:
         return f"As predicted{' inside the edges' if outliers else ''} ({numbers})." + tail
@@ -97,26 +104,22 @@ def gradients_in_words(facts: Mapping[str, float]) -> str:
     if not (math.isfinite(chi) and math.isfinite(depth) and chi > 0 and depth >= 1):
         return ""
     total = float(np.exp(np.clip(0.5 * depth * math.log(chi), -690, 690)))
+    change = f"grow {_times(total)}" if total > 1 else f"shrink {_times(1 / total)}"
     blocks = facts.get("blocks", 0.0)
     kind = "block" if blocks == depth else "layer or block" if blocks else "layer"
     several = "blocks" if blocks == depth else "layers and blocks" if blocks else "layers"
     over = f"over {depth:.0f} {kind if depth == 1 else several}."
+    said = f"chi is {chi:.4g}, gradients {change} {over}"
     if 1 / _BAND < total < _BAND:
-        return f" Critical: chi is {chi:.4g}, gradients change {_times(total)} {over}"
+        return f" Critical: {said}" if abs(math.log(chi)) <= _NEAR_ONE else f" Shallow enough: {said}"
     if total > 1 and blocks:
         return (
-            f" Chaotic: chi is {chi:.4g}, gradients grow {_times(total)} {over} Scale the branches down: the weight of "
-            "the norm that ends each, or critical_init_(model, batch) where none does."
+            f" Chaotic: {said} Scale the branches down: the weight of the norm that ends each, or "
+            "critical_init_(model, batch) where none does."
         )
     if total > 1:
-        return (
-            f" Chaotic: chi is {chi:.4g}, gradients grow {_times(total)} {over} "
-            f"Lower sigma_w by {1 - chi**-0.5:.1%}, or call critical_init_(model, batch)."
-        )
-    return (
-        f" Ordered: chi is {chi:.4g}, gradients shrink {_times(1 / total)} {over} "
-        f"Raise sigma_w by {chi**-0.5 - 1:.1%}, or call critical_init_(model, batch)."
-    )
+        return f" Chaotic: {said} Lower sigma_w by {1 - chi**-0.5:.1%}, or call critical_init_(model, batch)."
+    return f" Ordered: {said} Raise sigma_w by {chi**-0.5 - 1:.1%}, or call critical_init_(model, batch)."
 
 
 def _times(factor: float) -> str:

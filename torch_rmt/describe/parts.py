@@ -43,6 +43,9 @@ class SlopePart:
     dropout: float = 0.0
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
 class _Alone(nn.Module):
     """Recorded calls, one after the other, as a module of their own."""
 
@@ -54,7 +57,9 @@ class _Alone(nn.Module):
         self.constants = {n: graph.tensors[n].detach() for call in calls for n in call.inputs if n not in made}
 
     def forward(self, h: Tensor) -> Tensor:
-        values = {**self.constants, self.start: h}
+        # Measured in float32 where the network computes in less: its constants must follow.
+        wider = {n: c.to(h.dtype) for n, c in self.constants.items() if c.dtype in _HALVES and h.dtype not in _HALVES}
+        values = {**self.constants, **wider, self.start: h}
         for call in self.calls:
             # A call may write into what it is given, and another one may need that.
             mine = {n: values[n].clone() for n in call.inputs if n not in self.constants}

@@ -48,6 +48,9 @@ class Diagnosis:
                 return report
         raise KeyError(f"no report {name!r}; there are {', '.join(r.name for r in self.reports)}")
 
+    def __str__(self) -> str:
+        return "\n".join([self.summary(), *map(str, self.reports)])
+
     def scalars(self) -> dict[str, float]:
         """All reports' numbers, keyed by report, and those of the gradients."""
         out = {f"{report.name}/{key}": value for report in self.reports for key, value in report.scalars().items()}

@@ -32,27 +32,35 @@ def jacobian_report(
     With neither end given, over the longest run of equally wide hidden layers and residual blocks. Batch norm in
     training mode is held at the statistics of the whole batch, for measurement and law alike: the Jacobian is that of
     the map of one sample, whatever it does to the statistics left out. In evaluation mode the running statistics are
-    used, as the network does. "chi" is the mean squared singular value a layer, a block counted as one;
-    left out inside of a branch, which gradients pass by.
+    used, as the network does. "chi" is the factor a layer in the mean square of a gradient that goes back through J,
+    |J|_F^2 / (rows of J), a block counted as one; left out inside of a branch, which gradients pass by.
 
     Raises:
         ValueError: a name is wrong, or a batch norm in training mode has no batch to speak of or is called twice.
     """
     one = one_sample(model, inputs, source, target)
-    spectrum = measure(Jacobian(one.model, one.sample, one.source, one.target), seed)
+    operator = Jacobian(one.model, one.sample, one.source, one.target)
+    spectrum = measure(operator, seed)
     facts: dict[str, float] = {}
     try:
         architecture = architecture_between(one.graph, one.model, one.source, one.target)
         blocks = float(sum(isinstance(layer, Residual) for layer in architecture.layers))
         depth = blocks + sum(isinstance(x, Layer) and isinstance(x.ensemble, str) for x in architecture.layers)
-        mean = spectrum.moment(1)[0]
+        # Gradients live at the rows: the mean over the columns, squared singular values, is another in a bottleneck.
+        mean = spectrum.moment(1)[0] * operator.shape[1] / operator.shape[0]
         # Gradients take the other way past a branch: what it does to them is no advice.
         if mean > 0 and not in_a_branch(one.graph, start_of(one.graph, one.model, one.source)):
             facts |= {"depth": depth} | ({"blocks": blocks} if blocks else {})
             facts["chi"] = math.exp(math.log(mean) / max(depth, 1.0))
         size = independent_size_of(one.graph, one.model, one.source, one.target)
         prediction = jacobian_spectrum(architecture)
-        prediction = replace(prediction, assumptions=(*one.assumptions(model), *prediction.assumptions))
+        # The law's entries may be half layers, a slope at the source or a weight at the end: count as measured.
+        chi = prediction.scalars["chi"] ** (len(architecture.layers) / max(depth, 1.0))
+        prediction = replace(
+            prediction,
+            assumptions=(*one.assumptions(model), *prediction.assumptions),
+            scalars={**prediction.scalars, "chi": chi},
+        )
         report = compare(spectrum, prediction, name=name, facts=facts, size=size)
     except (ValueError, ArithmeticError) as error:
         report = compare(spectrum, None, name=name, facts=facts, reason=str(error).rstrip("."))

@@ -104,8 +104,8 @@ def beside_a_wide_network(report: Report, scale: WideScale, *, note: str = "") -
     opening = {None: "Too narrow to tell", True: "As predicted", False: "Not as predicted"}[agrees]
     why = "" if agrees is not False else WHY_ANOTHER_SHAPE
     rate = note or (
-        f"Plain gradient descent is stable below a learning rate of {2 / largest:.3g}, predicted "
-        f"{2 / scale.largest:.3g}."
+        f"By this matrix alone plain gradient descent would be stable below a learning rate of {2 / largest:.3g}, "
+        f"predicted {2 / scale.largest:.3g}; the Hessian's residual part may allow less."
     )
     words = f"{opening}: {numbers}. {why}{rate}"
     return replace(report, verdict=words, agrees=agrees, facts=facts)

@@ -91,6 +91,9 @@ class InitReport:
             text += f" Left alone: {'; '.join(grouped)}."
         return text
 
+    def __str__(self) -> str:
+        return self.verdict
+
     def scalars(self) -> dict[str, float]:
         """Numbers worth logging once."""
         out = {
