@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.contractions import module_gram
 from torch_rmt.operators.curvature import GaussNewton, flat
 from torch_rmt.operators.dual_counts import Room, dual_counts, own_parameters, room_for
@@ -69,6 +70,7 @@ def _padded(gram: Tensor, dim: int) -> Tensor:
     return torch.cat([values.new_zeros(dim - values.shape[0]), values])
 
 
+@full_precision()
 def dual_gram(
     operator: GaussNewton | NeuralTangentKernel, *, by_layer: bool = False, max_memory: int | None = None
 ) -> DualGram:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.taped import taped
 
 Tensors = tuple[Tensor, ...]
@@ -263,7 +264,8 @@ def _quiet(product: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors
     """
 
     def run(v: Tensors) -> Tensors:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(v[0].device.type, enabled=False):
+        plainly = torch.autocast(v[0].device.type, enabled=False)
+        with full_precision(), torch.inference_mode(False), torch.no_grad(), plainly:
             return tuple(t.detach() for t in product(v))
 
     return run

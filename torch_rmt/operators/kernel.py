@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.batches import sample_count
 from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.jacobian import in_blocks
@@ -99,6 +100,7 @@ class NeuralTangentKernel(SymmetricOfModel):
         return in_blocks(V, self._output_shape, lambda u: products.push(products.pull(u)), self.chunk, self.shape[0])
 
 
+@full_precision()
 def conjugate_kernel(model: nn.Module, inputs: Any, layer: str | None = None) -> Float[Tensor, "n n"]:
     """Gram matrix of the features of a batch at one layer, `K = X X^T / width`, `(samples, samples)`.
 

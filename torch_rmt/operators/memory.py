@@ -57,11 +57,11 @@ def saved_bytes(pure: PureModel, inputs: object) -> int:
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        seen[StorageWeakRef(storage)] = storage.nbytes()
+        seen[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
         return nothing
 
     leaves = tuple(p.detach().requires_grad_() for p in pure.params)
-    own = {StorageWeakRef(p.untyped_storage()) for p in leaves}
+    own = {StorageWeakRef(p.untyped_storage()) for p in leaves}  # type: ignore[no-untyped-call]
     with pure.guarded(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         pure(leaves, inputs)
     return sum(size for storage, size in seen.items() if storage not in own)

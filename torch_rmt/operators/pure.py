@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_rmt.guard import undisturbed
+from torch_rmt.guard import full_precision, undisturbed
 from torch_rmt.operators.trees import entries_of, picked, tree_map
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -148,7 +148,8 @@ class PureModel:
     @contextmanager
     def light(self) -> Iterator[None]:
         """For products from a kept graph, in which the module does not run again."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        plainly = torch.autocast(self.device.type, enabled=False)
+        with full_precision(), torch.inference_mode(False), torch.no_grad(), plainly:
             yield
 
     def raw(self, params: Sequence[Tensor], inputs: Any) -> Any:

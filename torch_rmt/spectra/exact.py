@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators import (
     Curvature,
     GaussNewton,
@@ -28,6 +29,7 @@ _LARGEST_DENSE_BYTES = 2 * 2**30  # of the float64 matrix; its decomposition tak
 _AT_ONCE = 64  # parameters up to which counting takes longer than doing
 
 
+@full_precision()
 def to_dense(operator: LinearOperator) -> Float[Tensor, "rows columns"]:
     """Write the operator out as a matrix in its own dtype, by products with the shorter identity.
 
@@ -52,6 +54,7 @@ def to_dense(operator: LinearOperator) -> Float[Tensor, "rows columns"]:
     return dense
 
 
+@full_precision()
 def exact(operator: LinearOperator, *, max_memory: int | None = None, max_seconds: float | None = None) -> Spectrum:
     """All eigenvalues of a symmetric operator, all squared singular values of any other (the law of A^T A).
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators import keeping_to, room_beside
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.gram import Gram
@@ -44,6 +45,7 @@ class ExtremeEigenvalues:
     advice: str = ""
 
 
+@full_precision()
 def top_eigenvalues(
     operator: LinearOperator,
     k: int,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.lanczos import continued, extreme, orthogonal_to, unit
 from torch_rmt.spectra.probes import column_norms, require_finite, require_size
@@ -31,6 +32,7 @@ class Bidiagonal:
     left: Float[Tensor, "probes steps rows"] | None
 
 
+@full_precision()
 def golub_kahan(
     operator: LinearOperator, start: Float[Tensor, "columns probes"], steps: int, *, reorthogonalise: bool
 ) -> Bidiagonal:

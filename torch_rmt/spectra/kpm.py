@@ -10,6 +10,7 @@ from jaxtyping import Float
 from scipy.fft import dct
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.lanczos import dots, gauss_rule, lanczos
 from torch_rmt.spectra.probes import require_finite, require_symmetric, sphere
@@ -46,6 +47,7 @@ class KPM:
         if self.probes < 1 or self.degree < 2:
             raise ValueError(f"KPM needs a probe and two products at least, got {self.probes} and {self.degree}")
 
+    @full_precision()
     def __call__(self, operator: LinearOperator, generator: torch.Generator) -> Spectrum:
         """Measure a symmetric operator (wrap any other in `Gram`); probes come from `generator` alone."""
         dim = require_symmetric(operator, "KPM")

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.orthogonality import OrthogonalityForecast
 from torch_rmt.spectra.probes import column_norms, require_finite, require_symmetric
@@ -37,6 +38,7 @@ class Tridiagonal:
     residual: Float[Tensor, "dim probes"]
 
 
+@full_precision()
 def lanczos(
     operator: LinearOperator,
     start: Float[Tensor, "dim probes"],

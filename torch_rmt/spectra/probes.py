@@ -6,12 +6,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
 
 _ROWS_AT_ONCE = 2**13  # of a sum over rows; found by tuning, as the next
 _COLUMNS_FOR_GEMM = 64  # beyond, the products of unlike columns cost more than they save
 
 
+@full_precision()
 def sphere(
     dim: int, count: int, generator: torch.Generator, *, device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "dim count"]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators import keeping_to, room_beside
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.block_slq import BlockSLQ
@@ -219,6 +220,7 @@ def _outliers(
     )
 
 
+@full_precision()
 def _rule(
     operator: LinearOperator,
     start: Float[Tensor, "dim probes"],

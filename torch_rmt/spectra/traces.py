@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.probes import column_dots, require_finite, require_size, sphere, squared_lengths
 
@@ -33,6 +34,7 @@ class DiagonalEstimate:
     matvecs: int
 
 
+@full_precision()
 def trace(operator: LinearOperator, generator: torch.Generator, *, matvecs: int = 60) -> Estimate:
     """Trace of a square operator within a budget of products, by Hutchinson or by Hutch++.
 
@@ -63,6 +65,7 @@ def trace(operator: LinearOperator, generator: torch.Generator, *, matvecs: int 
     return Estimate(value, error, matvecs, "hutchinson")
 
 
+@full_precision()
 def hutchinson(operator: LinearOperator, generator: torch.Generator, *, probes: int = 30) -> Estimate:
     """Trace as dim times the mean of v^T A v for v uniform on the unit sphere (Girard 1989, Hutchinson 1990).
 
@@ -75,6 +78,7 @@ def hutchinson(operator: LinearOperator, generator: torch.Generator, *, probes: 
     return Estimate(value, error, probes, "hutchinson")
 
 
+@full_precision()
 def hutch_plus_plus(operator: LinearOperator, generator: torch.Generator, *, matvecs: int = 60) -> Estimate:
     """Trace on the range of a sketch exactly, the rest by Hutchinson (Meyer, Musco, Musco, Woodruff 2021).
 
@@ -89,6 +93,7 @@ def hutch_plus_plus(operator: LinearOperator, generator: torch.Generator, *, mat
     return _deflated(operator, generator, images, matvecs - 2 * third, spent=third)
 
 
+@full_precision()
 def xtrace(operator: LinearOperator, generator: torch.Generator, *, matvecs: int = 60) -> Estimate:
     """Trace by leaving each probe out in turn: every product serves the range and the residual.
 
@@ -159,6 +164,7 @@ class _Sketch:
         return found
 
 
+@full_precision()
 def diagonal(operator: LinearOperator, generator: torch.Generator, *, probes: int = 30) -> DiagonalEstimate:
     """Diagonal of A as the mean of v * (A v) for v of random signs (Bekas, Kokiopoulou and Saad 2007).
 
@@ -175,6 +181,7 @@ def diagonal(operator: LinearOperator, generator: torch.Generator, *, probes: in
     return DiagonalEstimate(samples.mean(dim=1), errors, probes)
 
 
+@full_precision()
 def mixed_moment(word: Sequence[LinearOperator], generator: torch.Generator, *, probes: int = 30) -> Estimate:
     """Normalised trace of a product of operators, tr(A B A B ...) / dim, by v^T (A B A B ... v).
 
