@@ -44,6 +44,31 @@ def test_each_probes_rule_is_exact_to_degree_2m_minus_1(width: int, steps: int, 
     assert np.abs((weights * nodes**beyond).sum(axis=1) - truth).max() > 1e-9
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("probes", "depth"), [(2, 9), (4, 6), (3, 1)])
+def test_what_the_other_probes_span_is_counted_and_only_the_rest_sampled(seed: int, probes: int, depth: int) -> None:
+    """Row i is (tr(Q^T A^k Q) + (dim - rank Q) z^T A^k z) / dim, Q and z made from dense powers."""
+    operator = symmetric_operator("flat", seed)
+    spectrum = BlockSLQ(probes, depth)(operator, generator(seed))
+    assert spectrum.known == 0
+    assert spectrum.sampled is not None
+    start, matrix = sphere(120, probes, generator(seed), **DOUBLE).numpy(), operator.matrix.numpy()
+    steps = depth - -(-depth // 5)
+    for i in range(probes):
+        powers = [np.linalg.matrix_power(matrix, j) @ np.delete(start, i, axis=1) for j in range(steps)]
+        span = np.linalg.qr(np.concatenate([np.zeros((120, 0)), *powers], axis=1))[0]
+        rest = start[:, i] - span @ (span.T @ start[:, i])
+        rest /= np.linalg.norm(rest)
+        share = 1.0 - span.shape[1] / 120
+        for degree in range(min(2 * (depth - steps) + 2, 2 * depth)):
+            power = np.linalg.matrix_power(matrix, degree)
+            at_nodes = spectrum.nodes[i] ** degree
+            sampled = share * (rest @ power @ rest)
+            assert (spectrum.sampled[i] * at_nodes).sum() == pytest.approx(sampled, abs=1e-11)
+            truth = sampled + np.trace(span.T @ power @ span) / 120
+            assert (spectrum.weights[i] * at_nodes).sum() == pytest.approx(truth, abs=1e-11)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_multiplicities_below_the_width_are_found_and_larger_ones_not_claimed(seed: int, dtype: torch.dtype) -> None:

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.probes import column_norms, require_finite, require_symmetric
 
@@ -33,7 +32,6 @@ class BlockTridiagonal:
     basis: Float[Tensor, "rows dim"]
 
 
-@full_precision()
 def block_lanczos(operator: LinearOperator, start: Float[Tensor, "dim width"], steps: int) -> BlockTridiagonal:
     """Run the block recurrence from all columns of `start` together, with full reorthogonalisation.
 
@@ -109,8 +107,20 @@ def block_gauss_rule(
     """Nodes, ascending and common to all probes, and each probe's weights, for the start vectors as drawn.
 
     v_i^T f(A) v_i = sum_s f(theta_s) (R e_i . s_first)^2, exact for polynomials of degree 2 m - 1 in m steps
-    (Golub and Meurant 1994, section 6). A `tail` of so many more blocks keeps that and fills in where the
-    spectrum is dense: multiples of the identity, the means of the last four blocks, as far as there are so many.
+    (Golub and Meurant 1994, section 6). `tail` as in `ritz_pairs`.
+    """
+    nodes, vectors = ritz_pairs(run, tail=tail)
+    weights = (run.start.T @ vectors[: len(run.coupling)]) ** 2
+    return nodes, weights / weights.sum(axis=1, keepdims=True)
+
+
+def ritz_pairs(
+    run: BlockTridiagonal, *, tail: int = 0
+) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, "rows nodes"]]:
+    """Eigenvalues of T, ascending, and the coordinates of its eigenvectors in the basis.
+
+    A `tail` of so many more blocks keeps what the rule is exact for and fills in where the spectrum is dense:
+    multiples of the identity, the means of the last four blocks, as far as there are so many.
     """
     width = len(run.coupling)
     rows = len(run.matrix)
@@ -124,8 +134,7 @@ def block_gauss_rule(
         matrix[rows : rows + width, rows - width : rows] = run.coupling
         matrix[along[width:], along[:-width]] = np.concatenate(links).mean()
     nodes, vectors = np.linalg.eigh(matrix)  # it reads the lower triangle alone
-    weights = (run.start.T @ vectors[:width]) ** 2
-    return nodes, weights / weights.sum(axis=1, keepdims=True)
+    return nodes, vectors[:rows]
 
 
 def _orthonormal(rows: Float[Tensor, "width dim"]) -> tuple[Float[Tensor, "width dim"], Float[Tensor, "width width"]]:

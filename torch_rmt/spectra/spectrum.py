@@ -37,6 +37,7 @@ class Spectrum:
         known: the last `known` columns are not sampled: eigenvalues found one by one (or counted, as the
             zeros of a wide matrix are), the same in every row.
         known_count: how many of the `dim` eigenvalues these columns stand for.
+        sampled: the part of each weight that a probe was drawn for; None where that is all but the known columns.
 
     >>> import numpy as np
     >>> spectrum = Spectrum(np.array([[1.0, 3.0]]), np.array([[0.5, 0.5]]), dim=2, matvecs=2, method="exact")
@@ -54,6 +55,7 @@ class Spectrum:
     notes: tuple[str, ...] = field(default=())
     known: int = 0
     known_count: int = 0
+    sampled: Float[np.ndarray, "probes steps"] | None = None
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.nodes).all() and np.isfinite(self.weights).all()):
@@ -95,9 +97,8 @@ class Spectrum:
         points = np.asarray(x, dtype=np.float64)
         if self.probes == 0:
             return np.zeros(points.shape)
-        sampled, share, dim = self._sampled()
-        nodes, weights = self.nodes[:, sampled], self.weights[:, sampled]
-        below = _cdf(nodes.ravel(), weights.ravel() / weights.sum(), points)
+        weights, share, dim = self._sampled()
+        below = _cdf(self.nodes.ravel(), weights.ravel(), points)
         variance = 2.0 * below * (1.0 - below) / ((dim + 2) * self.probes)
         error: Float[np.ndarray, ...] = share * np.sqrt(np.maximum(variance, 0.0))
         return error
@@ -128,8 +129,8 @@ class Spectrum:
         total = np.zeros(flat.shape)
         if self.probes == 0:
             return total.reshape(points.shape)
-        sampled, _, _ = self._sampled()
-        for nodes, weights in zip(self.nodes[:, sampled], self.weights[:, sampled], strict=True):
+        columns = self.nodes.shape[1] - self.known
+        for nodes, weights in zip(self.nodes[:, :columns], self.weights[:, :columns], strict=True):
             order = np.argsort(nodes)
             unsure = np.where(np.abs(nodes) <= zero, 0.0, weights) if zero > 0 else weights
             padded = np.concatenate(([0.0], unsure[order], [0.0]))
@@ -139,20 +140,23 @@ class Spectrum:
         resolution: Float[np.ndarray, ...] = total / (self.probes * np.sqrt(12.0))
         return resolution.reshape(points.shape)
 
-    def _sampled(self) -> tuple[slice, float, int]:
-        """Columns that were sampled, their share of the mass, and how many eigenvalues they stand for."""
-        dim = self.dim - self.known_count
-        return slice(0, self.nodes.shape[1] - self.known), dim / self.dim, dim
+    def _sampled(self) -> tuple[Float[np.ndarray, "probes steps"], float, float]:
+        """What was sampled: weights that add up to one, their share of the mass, eigenvalues they stand for."""
+        weights = self.sampled
+        if weights is None:
+            weights = self.weights.copy()
+            weights[:, weights.shape[1] - self.known :] = 0.0
+        total = float(weights.sum())
+        share = total / len(weights)
+        return weights / total, share, share * self.dim
 
     def _expectation(self, values: Float[np.ndarray, "probes steps"]) -> tuple[float, float]:
         """Mean of f over the spectrum, given f at the nodes, and its standard error."""
         mean = float((self.weights * values).sum(axis=1).mean())
         if self.probes == 0:
             return mean, 0.0
-        columns, share, dim = self._sampled()
-        weights, sampled = self.weights[:, columns], values[:, columns]
-        weights = weights / weights.sum()
-        squares = (sampled - (weights * sampled).sum()) ** 2
+        weights, share, dim = self._sampled()
+        squares = (values - (weights * values).sum()) ** 2
         variance = float((weights * squares).sum())
         if variance == 0.0:
             return mean, 0.0
