@@ -18,6 +18,7 @@ from torch_rmt.operators import (
     Combination,
     Dense,
     EngineError,
+    GaussNewton,
     Hessian,
     Jacobian,
     Scaled,
@@ -169,6 +170,25 @@ def test_an_asymmetric_hessian_is_not_trusted() -> None:
     assert float((D - D.T).norm()) < 1e-6 * float(D.norm())
 
 
+def test_a_model_that_is_another_at_every_call_is_refused() -> None:
+    """Each engine alone is consistent with itself; no two agree."""
+    calls = iter(range(1, 1000))
+    net = Calls(lambda m, x: m.a(x) * next(calls) ** 0.5, a=nn.Linear(3, 2)).double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    for operator in (Hessian(net, F.mse_loss, (x, y)), GaussNewton(net, F.mse_loss, (x, y))):
+        with pytest.raises(EngineError, match="differ by"):
+            dense(operator)
+
+
+def test_a_curvature_that_is_not_finite_is_refused_as_such() -> None:
+    net = nn.Linear(3, 2).double()
+    with torch.no_grad():
+        net.weight.zero_()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64)
+    with pytest.raises(EngineError, match="the product is not finite"):
+        dense(Hessian(net, lambda o, t: (o - t - net.bias.detach()).abs().pow(1.5).mean(), (x, y)))
+
+
 def test_a_rough_function_is_refused_with_the_remedy() -> None:
     class Harsh(nn.Module):
         def __init__(self) -> None:
@@ -207,6 +227,31 @@ def test_operators_add_and_multiply_as_matrices_do() -> None:
         A + 1.0  # type: ignore[operator]
     with pytest.raises(TypeError):
         A * B  # type: ignore[operator]
+    S, d = Dense(a[:3]), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(dense(Scaled(S, d).adjoint()), (torch.diag(d) @ a[:3] @ torch.diag(d)).T)
+
+
+def test_sums_and_scalings_are_as_symmetric_and_as_positive_as_their_parts() -> None:
+    class Positive(Dense):
+        positive = True
+
+    d = torch.ones(2)
+    P, Q = (Positive(torch.eye(2), symmetric=True) for _ in range(2))
+    S, A = Dense(torch.diag(torch.tensor([1.0, -1.0])), symmetric=True), Dense(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    for operator, positive in (
+        (P + Q, True),
+        (2 * P, True),
+        (P - Q, False),
+        (-P, False),
+        (P + S, False),
+        (S + P, False),
+    ):
+        assert (operator.symmetric, operator.positive) == (True, positive)
+    assert not (P + A).symmetric
+    assert not (A + P).symmetric
+    for whole, symmetric, positive in ((P, True, True), (S, True, False), (A, False, False)):
+        scaled = Scaled(whole, d)
+        assert (scaled.symmetric, scaled.positive) == (symmetric, positive)
 
 
 class Untrue(torch.autograd.Function):

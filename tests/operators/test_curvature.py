@@ -16,6 +16,7 @@ from tests.operators.module_kinds import MODULE_KINDS
 from torch_rmt.operators import (
     ClosureHessian,
     Combination,
+    EngineError,
     Fisher,
     GaussNewton,
     GradientCovariance,
@@ -190,6 +191,29 @@ def test_dual_has_all_eigenvalues(kind: str) -> None:
             torch.testing.assert_close(torch.stack(list(gram.layers.values())).sum(0), gram.matrix)
 
 
+def test_dual_of_a_loss_without_closed_form_and_of_few_parameters() -> None:
+    """A loss that mixes outputs has a root by eigenvectors alone; five parameters have five eigenvalues."""
+    net, x = _net()
+    y, mix = torch.randn(8, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    for params in (None, "0.bias"):
+        A = GaussNewton(net, lambda o, t: ((o - t) @ mix).square().mean(), (x, y), params)
+        gram = dual_gram(A)
+        assert (A.output_form, gram.method) == ("general", "Gram matrices of the modules") or A.output_form == ""
+        values = torch.linalg.eigvalsh(dense(A))
+        assert A.output_form == "general"
+        torch.testing.assert_close(gram.eigenvalues(), values.clamp_min(0), rtol=1e-8, atol=1e-11)
+    kernel = dense(NeuralTangentKernel(net, x, "0.bias"))
+    torch.testing.assert_close(dual_gram(NeuralTangentKernel(net, x, "0.bias")).matrix, kernel)
+
+
+@pytest.mark.parametrize("kind", ["checkpointed", "batchnorm_train"])
+def test_dual_of_a_covariance_where_hooks_or_samples_refuse(kind: str) -> None:
+    model, inputs, targets, loss = MODULE_KINDS[kind]()
+    A = GradientCovariance(model, loss, (inputs, targets))
+    values = torch.linalg.eigvalsh(dense(A)).clamp_min(0)
+    torch.testing.assert_close(dual_gram(A).eigenvalues(), values, rtol=1e-7, atol=1e-9 * float(values[-1]))
+
+
 def test_dual_by_layer_has_the_spectra_of_the_diagonal_blocks() -> None:
     torch.manual_seed(7)
     model, inputs, targets, loss = MODULE_KINDS["cnn_depthwise_strided"]()
@@ -231,8 +255,37 @@ def test_closure_and_adam() -> None:
     scale = adam_scale(optimizer, net, H.pure.names)
     moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, net.parameters(), strict=True)])
     torch.testing.assert_close(1e-2 * scale**2 * gradient, moved)  # the step is lr D^2 m_hat
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.zero_grad()
+    F.cross_entropy(net(2 * x), y).backward()
+    optimizer.step()
+    scale = adam_scale(optimizer, net, H.pure.names)
+    assert not scale.requires_grad
+    moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, net.parameters(), strict=True)])
+    first = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in net.parameters()]) / (1 - 0.9**2)
+    torch.testing.assert_close(1e-2 * scale**2 * first, moved)
     D = torch.diag(scale)
     torch.testing.assert_close(dense(Scaled(H, scale)), D @ dense(H) @ D)
+
+
+class _HoldsGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.detach() * ctx.saved_tensors[0].cos()
+
+
+def test_a_closure_whose_hessian_is_not_symmetric_is_refused() -> None:
+    for dtype in (torch.float32, torch.float64):
+        a, b = (torch.linspace(0.1, 1.0, 4, dtype=dtype, requires_grad=True) for _ in range(2))
+        with torch.no_grad(), torch.inference_mode():
+            assert ClosureHessian(lambda a=a, b=b: ((a * b).sin() * b).sum(), [a, b]).shape == (8, 8)
+        with pytest.raises(EngineError, match="not symmetric"):
+            ClosureHessian(lambda a=a, b=b: (_HoldsGradients.apply(a * b) * b).sum(), [a, b])
 
 
 def test_one_batch_that_is_not_convex_makes_the_whole_not_positive() -> None:
@@ -265,6 +318,19 @@ def test_conjugate_kernel_of_a_hidden_layer() -> None:
     net, x = _net()
     features = net[:2](x)
     torch.testing.assert_close(conjugate_kernel(net, x, "1"), (features @ features.T / 5).detach())
+
+
+def test_a_tangent_kernel_multiplies_fewer_vectors_at_a_time_within_a_limit_alone() -> None:
+    net, x = _net()
+    kernel = NeuralTangentKernel(net, x)
+    expected, width = dense(kernel), kernel.chunk
+    limit = kernel.footprint().product(width, 3)
+    with kernel.within(limit):
+        assert 1 <= kernel.chunk <= 3
+        torch.testing.assert_close(dense(kernel), expected)
+    assert kernel.chunk == width
+    with kernel.within(None):
+        assert kernel.chunk == width
 
 
 def test_half_precision_is_measured_in_float32_and_said() -> None:

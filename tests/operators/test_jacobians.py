@@ -82,6 +82,17 @@ def test_one_sample_of_a_batch_under_batchnorm_in_train_mode() -> None:
     J = dense(Jacobian(net, x, sample=2))
     full = torch.autograd.functional.jacobian(lambda t: net(t)[2], x)[:, 2]
     torch.testing.assert_close(J, full, rtol=1e-10, atol=1e-12)
+    for sample in (0, 4):  # between named places, too, with the rest of the batch around it
+        middle = torch.autograd.functional.jacobian(lambda h, i=sample: net[1:3](h)[i], net[0](x))[:, sample]
+        torch.testing.assert_close(dense(Jacobian(net, x, "0", "2", sample=sample)), middle, rtol=1e-10, atol=1e-12)
+
+
+def test_one_sample_without_a_batch_and_no_columns_at_all() -> None:
+    net, x = _deep(0)
+    torch.testing.assert_close(dense(Jacobian(net, x[0])), dense(Jacobian(net, x[:1])))
+    J = Jacobian(net, x[:1])
+    assert J.matmat(torch.zeros(4, 0, dtype=x.dtype)).shape == (3, 0)
+    assert J.adjoint().matmat(torch.zeros(3, 0, dtype=x.dtype)).shape == (4, 0)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -100,6 +111,8 @@ def test_one_sweep_equals_the_jacobians_one_by_one(seed: int) -> None:
     # from a layer in the middle, and the product of single layers
     middle = input_to_layers(net, x, ["5"], source="2")["5"]
     torch.testing.assert_close(middle, backward["2"], rtol=1e-10, atol=1e-12)
+    assert list(input_to_layers(net, x, ["1#2"])) == ["1#2"]
+    torch.testing.assert_close(input_to_layers(net, x, ["1#2"])["1#2"], forward["1#2"])
     single = single_layers(net, x, ["0", "2", "4", "5"])
     torch.testing.assert_close(single["5"] @ single["4"] @ single["2"] @ single["0"], forward["5"])
 
@@ -135,6 +148,14 @@ def test_slopes_are_the_derivatives_of_elementwise_modules() -> None:
         activation_slopes(net, x, ["2"])
 
 
+def test_slopes_of_one_module_called_twice_are_each_of_its_own_call() -> None:
+    net, x = _deep(0)
+    slopes = activation_slopes(net, x)
+    assert list(slopes) == ["1#1", "1#2"]
+    torch.testing.assert_close(slopes["1#1"], 1 - net[:2](x) ** 2)
+    torch.testing.assert_close(slopes["1#2"], 1 - net[:4](x) ** 2)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_partial_norms_are_the_squared_norms_and_the_sketch_covers_them(seed: int) -> None:
     torch.manual_seed(seed)
@@ -151,10 +172,29 @@ def test_partial_norms_are_the_squared_norms_and_the_sketch_covers_them(seed: in
     assert bool((sketch.errors < 0.3 * truth).all())
 
 
+def test_errors_of_partial_norms_are_standard_errors() -> None:
+    """Of an exact norm those of the mean over samples; of a sketch such that z-scores have unit spread."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20)).double()
+    x = torch.randn(4, 40, dtype=torch.float64)
+    exact = partial_jacobian_norms(net, x, probes=40)
+    for name, error in zip(exact.layers, exact.errors, strict=True):
+        norms = input_to_layers(net, x)[name].square().mean((1, 2)) * 40
+        torch.testing.assert_close(error, (norms.std() / 2).float())
+    z = []
+    for seed in range(30):
+        sketch = partial_jacobian_norms(net, x, probes=24, generator=torch.Generator().manual_seed(seed))
+        z.append((sketch.values - exact.values) / sketch.errors)
+    scores = torch.stack(z)
+    assert len(scores.unique()) == scores.numel()  # the generator that is given is the one that draws
+    assert 0.7 < float(scores.square().mean().sqrt()) < 1.4
+
+
 def test_samples_that_mix_are_refused() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train()
-    with pytest.raises(ValueError, match="depend on one another"):
-        input_to_layers(net, torch.randn(5, 3))
+    for sweep in (input_to_layers, layers_to_output):
+        with pytest.raises(ValueError, match="depend on one another"):
+            sweep(net, torch.randn(5, 3))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +208,8 @@ def test_samples_that_mix_are_refused() -> None:
         ({"inputs": torch.randn(2, 3)}, ValueError, "pass inputs"),
         ({"inputs": torch.randn(0, 3)}, ValueError, "empty"),
         ({"inputs": torch.zeros(1, 3, dtype=torch.long)}, TypeError, "name the module whose output"),
-        ({"sample": 4}, ValueError, "not in the batch"),
+        ({"sample": 1}, ValueError, "not in the batch"),
+        ({"sample": -1}, ValueError, "not in the batch"),
     ],
 )
 def test_bad_input_says_what_to_do(arguments: dict, error: type[Exception], message: str) -> None:
