@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.operators.module_kinds import MODULE_KINDS
-from torch_rmt.operators import GaussNewton, Hessian
-from torch_rmt.operators.tape import Program, TapeError, player, record
+from torch_rmt.operators import GaussNewton, Hessian, layer_blocks
+from torch_rmt.operators.tape import Program, TapeError, record
+from torch_rmt.operators.tape_player import player
 from torch_rmt.operators.tape_rules import simplified
 from torch_rmt.operators.taped import taped
 
@@ -72,6 +73,9 @@ def test_a_tape_plays_what_the_graph_gives(kind: str) -> None:
                     kept = tuple(v.clone() for v in vectors)
                     _close(play(vectors), product(vectors))
                     assert all(torch.equal(a, b) for a, b in zip(vectors, kept, strict=True))  # not written over
+                    into = tuple(torch.full((2, *t.shape), torch.nan, dtype=t.dtype)[1] for t in walked)
+                    assert all(a is b for a, b in zip(play(vectors, into), into, strict=True))
+                    _close(into, product(vectors))
 
 
 class _Count(TorchDispatchMode):
@@ -124,6 +128,77 @@ def test_rules_on_their_own() -> None:
         _program(lambda v: (lambda m: (m[0], m.mul_(2.0)))(v[0] @ a), (4, 4))
     with pytest.raises(TapeError, match="constant"):
         _program(lambda v: (v[0] * a, a.mul_(1.0)), (4, 4))
+
+
+def test_results_are_written_where_they_shall_lie() -> None:
+    a, b = torch.randn(2, 4, 4, dtype=torch.float64)
+    v = _vectors((torch.Size((4, 4)),), 0)
+    for product in (
+        lambda v: (v[0] @ a, v[0] * b),
+        lambda v: (v[0] @ a + (v[0] * b) @ a + b * v[0],),
+        lambda v: (lambda m: (m, m, m @ b))(v[0] @ a),  # one value in two places
+        lambda v: (v[0], v[0].t(), a, (v[0] @ a).t()),  # the vector itself, a constant, transposes
+    ):
+        with torch.no_grad():
+            true = product(v)
+            program = record(product, v)[0]
+            for play in (player(program), player(simplified(program))):
+                rows = torch.full((3, len(true) * 16 + 7), torch.nan, dtype=torch.float64)
+                into = tuple(rows[1, 16 * i : 16 * (i + 1)].view(4, 4) for i in range(len(true)))
+                play(v, into)
+                _close(into, true, 1e-14)
+                assert int(rows.isnan().sum()) == rows.numel() - 16 * len(true)  # nothing else is touched
+                assert rows.data_ptr() not in {t.data_ptr() for t in play(v)}
+
+
+class _Still(nn.Module):
+    """A model whose Hessian is the identity: the product with a vector is that vector."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(rows, 200, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x.mean() * (self.a.square().sum() + self.b.square().sum())
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("rows", [1, 150])
+def test_a_product_is_memory_of_its_own(rows: int, batches: int) -> None:
+    ones = torch.ones(2, 1, dtype=torch.float64)
+    operator = Hessian(_Still(rows), lambda out, _: out, [(ones, ones)] * batches if batches > 1 else (ones, ones))
+    for columns in (1, 3):
+        V = torch.randn(columns, operator.shape[0], dtype=torch.float64).T  # as products take it, without a copy
+        kept, found = V.clone(), [operator.matmat(V) for _ in range(2)]
+        torch.testing.assert_close(found[0], V, rtol=1e-12, atol=0.0)
+        for image in found:
+            image.mul_(torch.nan)
+        assert torch.equal(V, kept)
+        torch.testing.assert_close(operator.matmat(V), kept, rtol=1e-12, atol=0.0)
+    assert operator.on_tape is (rows == 150)
+
+
+@pytest.mark.parametrize("cls", [Hessian, GaussNewton])
+def test_layer_blocks_of_large_models_are_played_from_tapes(cls: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 250), nn.Tanh(), nn.Linear(250, 250), nn.Tanh(), nn.Linear(250, 5)).double()
+    x, y = torch.randn(7, 40, dtype=torch.float64), torch.randint(0, 5, (7,))
+    operator = cls(net, nn.CrossEntropyLoss(), [(x[:4], y[:4]), (x[4:], y[4:])])
+    blocks = layer_blocks(operator)
+    assert operator.on_tape
+    start = 0
+    for block in blocks.values():
+        for seed in (1, 2):  # the second is played, and the first, too
+            V = torch.randn(block.shape[0], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            padded = V.new_zeros(operator.shape[0], 3)
+            padded[start : start + len(V)] = V
+            expected = operator.matmat(padded)[start : start + len(V)]
+            torch.testing.assert_close(block.matmat(V), expected, rtol=1e-9, atol=1e-12)
+        with _Count() as count:
+            block.matmat(V[:, :1])
+        assert not any("backward" in name and "softmax" not in name for name in count.names)  # slopes are constants
+        assert block.matmat(V[:, :0]).shape == (len(V), 0)
+        start += len(V)
 
 
 class _Branches(torch.autograd.Function):

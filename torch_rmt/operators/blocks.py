@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.batches import Batch
-from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian
+from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian, flat
+from torch_rmt.operators.engines import Tensors, stacked
 from torch_rmt.operators.pure import select
+from torch_rmt.operators.tape_rules import Pool
+from torch_rmt.operators.taped import rows_of, taped
 
 
 def layer_blocks(
@@ -68,6 +72,7 @@ class _SharedGraphs:
     def __init__(self, operator: Hessian | GaussNewton) -> None:
         self.operator = operator
         self.pure = operator.pure
+        self.pool = Pool()
         self.leaves = tuple(p.clone().requires_grad_() for p in self.pure.params)
         self.weights = [operator.share(b) for b in operator.batches]
         build = self._output if isinstance(operator, GaussNewton) else self._loss
@@ -96,10 +101,10 @@ class _SharedGraphs:
         self.middles.append(self.operator._middle(graph[0].detach(), batch, index))
         return graph
 
-    def product(self, index: list[int], pieces: list[Tensor]) -> list[Tensor]:
+    def product(self, index: list[int], pieces: Tensors) -> Tensors:
         """Block of one group times one vector, in the shapes of its parameters."""
         leaves = [self.leaves[i] for i in index]
-        total: list[Tensor] = []
+        total: Tensors = ()
         for b, (graph, weight) in enumerate(zip(self.graphs, self.weights, strict=True)):
             if isinstance(self.operator, GaussNewton):
                 output, seed, *gradients = graph
@@ -108,17 +113,17 @@ class _SharedGraphs:
             else:
                 columns = _pull([graph[i] for i in index], leaves, pieces)
             if len(self.graphs) > 1:
-                columns = [weight * c for c in columns]
-            total = columns if not total else [t + c for t, c in zip(total, columns, strict=True)]
+                columns = tuple(weight * c for c in columns)
+            total = columns if not total else tuple(t + c for t, c in zip(total, columns, strict=True))
         return total
 
 
-def _pull(outputs: list[Tensor], leaves: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+def _pull(outputs: Sequence[Tensor], leaves: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensors:
     pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
     if not pairs:
-        return [torch.zeros_like(t) for t in leaves]
+        return tuple(torch.zeros_like(t) for t in leaves)
     heads, weights = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(heads, leaves, weights, retain_graph=True, materialize_grads=True))
+    return tuple(torch.autograd.grad(heads, leaves, weights, retain_graph=True, materialize_grads=True))
 
 
 class _Part(LinearOperator):
@@ -154,19 +159,28 @@ class _Part(LinearOperator):
 class _Block(_Part):
     def __init__(self, graphs: _SharedGraphs, index: list[int]) -> None:
         super().__init__(graphs.operator, index)
-        self.graphs = graphs
+        self.graphs: _SharedGraphs | None = graphs
+        self.many: Callable[[Tensors], Tensors] | None = None
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns of the block times v."""
+        if V.shape[1] == 0:
+            return V.clone()
+        if self.many is None:
+            self.many = self._product()
         shapes = [self.whole.pure.params[i].shape for i in self.index]
-        columns = []
+        rows = torch.split(V.detach().T, self.sizes, dim=1)
         with self.whole.pure.light():
-            for v in V.detach().T:
-                pieces = [p.reshape(s) for p, s in zip(torch.split(v, self.sizes), shapes, strict=True)]
-                columns.append(torch.cat([t.flatten() for t in self.graphs.product(self.index, pieces)]))
-        if len(columns) == 1:
-            return columns[0].unsqueeze(1)
-        return torch.stack(columns).T if columns else V.clone()
+            pieces = self.many(tuple(p.reshape(len(p), *s) for p, s in zip(rows, shapes, strict=True)))
+        return (rows_of if self.whole.on_tape else flat)(pieces).T
+
+    def _product(self) -> Callable[[Tensors], Tensors]:
+        """From a tape where the whole operator, which has multiplied by now, uses one; the tape lets the graphs go."""
+        graphs, self.graphs = self.graphs, None
+        assert graphs is not None
+        one, pool = partial(graphs.product, self.index), graphs.pool
+        del graphs
+        return taped(one, pool) if self.whole.on_tape else stacked(one)
 
 
 class _Restricted(_Part):
@@ -192,7 +206,7 @@ def _agrees(operator: Curvature, graphs: _SharedGraphs, groups: list[list[int]])
     v = torch.randn(operator.shape[0], 1, generator=generator, dtype=operator.dtype, device=operator.device)
     expected = operator.matmat(v)[:, 0]
     with operator.pure.light():
-        pieces = graphs.product(list(range(len(operator.pure.names))), list(operator.pure.split(v[:, 0])))
+        pieces = graphs.product(list(range(len(operator.pure.names))), operator.pure.split(v[:, 0]))
     gap = torch.cat([p.flatten() for p in pieces]) - expected
     double = operator.dtype == torch.float64
     tolerance, rounding = (1e-8, 1e-13) if double else (2e-3, 1e-5)

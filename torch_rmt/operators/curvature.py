@@ -19,6 +19,7 @@ from torch_rmt.operators.memory import Footprint, free_bytes, is_out_of_memory, 
 from torch_rmt.operators.of_model import SymmetricOfModel
 from torch_rmt.operators.outputs import as_rows, check_taken
 from torch_rmt.operators.pure import PureModel
+from torch_rmt.operators.taped import rows_of
 from torch_rmt.operators.trees import tensors_of
 
 Product = Callable[[Tensor], Tensor]  # a block of rows (k, n) to a block of rows (k, n)
@@ -38,6 +39,7 @@ class Curvature(SymmetricOfModel):
     """
 
     chunk = 16
+    has_images = False  # whether each vector of a block has an image in output space, which is held as well
     of_a_mean = False  # whether the matrix has no meaning for a loss that sums over samples
 
     def __init__(
@@ -195,12 +197,16 @@ class Curvature(SymmetricOfModel):
                     raise
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        if len(self.batches) == 1 and rows.shape[0] == 1:
-            return flat(self._product(0)(rows))
-        total = torch.empty_like(rows)
+        total: Tensor | None = None
         for index, batch in enumerate(self.batches):
             product, share = self._product(index), self.share(batch)
-            width = self.chunk if self._choice is not None and self._choice.block == "vmap" else 1
+            width = self._together(rows.shape[0], first=index == 0)
+            if index == 0 and rows.shape[0] <= width:
+                total = self._flat(product(rows))
+                if share != 1.0:
+                    total.mul_(share)
+                continue
+            total = torch.empty_like(rows) if total is None else total
             for start in range(0, rows.shape[0], width):
                 block = slice(start, start + width)
                 if index == 0:
@@ -208,8 +214,24 @@ class Curvature(SymmetricOfModel):
                     if share != 1.0:
                         total[block].mul_(share)
                 else:
-                    total[block].add_(flat(product(rows[block])), alpha=share)
+                    total[block].add_(self._flat(product(rows[block])), alpha=share)
+        assert total is not None  # there is a batch
         return total
+
+    def _together(self, columns: int, *, first: bool) -> int:
+        """How many vectors go through the graph at a time: a block of them only where that takes no more memory."""
+        if self.on_tape and first and not self.has_images:
+            return columns
+        return self.chunk if self._choice is not None and self._choice.block == "vmap" else 1
+
+    def _flat(self, pieces: Tensors) -> Tensor:
+        """Rows of parameter-shaped tensors; a tape's results are memory of their own, other engines' may be V's."""
+        return rows_of(pieces) if self.on_tape else flat(pieces)
+
+    @property
+    def on_tape(self) -> bool:
+        """Whether products are played from a tape; known after the first."""
+        return self._choice is not None and self._choice.block == "tape"
 
     def _gave_up(self, problem: BaseException) -> bool:
         """Fall back to the next smaller plan after running out of memory; False where there is none."""
@@ -327,6 +349,8 @@ class GaussNewton(Curvature):
         tensor([[5., 3.],
                 [3., 2.]])
     """
+
+    has_images = True
 
     def first_order_products(self) -> Products:
         """Products with the Jacobian of the first batch's output by the parameters, from the kept graph."""

@@ -47,9 +47,27 @@ _OVER = {
 _NEW = {*_SUMMED, *_OVER, *_OVER.values(), _aten._softmax_backward_data.default, _aten.clone.default}
 
 
-def simplified(program: Program) -> Program:
-    """The same product in fewer operations."""
-    for rule in (_factors_named, _views, _shared, _factors, _sums, _written_over):
+class Pool:
+    """Constants of tapes, so that those of several tapes of one graph are held once."""
+
+    def __init__(self) -> None:
+        self._alike: dict[Any, list[Tensor]] = {}
+
+    def one_of(self, a: Tensor) -> Tensor:
+        """The constant that equals this one and was seen first."""
+        ends = (float(a.view(-1)[0]), float(a.view(-1)[-1])) if a.is_contiguous() and a.numel() else ()
+        alike = self._alike.setdefault((a.shape, a.stride(), a.dtype, ends), [])
+        for b in alike:
+            if torch.equal(a, b):
+                return b
+        alike.append(a)
+        return a
+
+
+def simplified(program: Program, pool: Pool | None = None) -> Program:
+    """The same product in fewer operations; equal constants, here and in other tapes with this pool, are one."""
+    pool = Pool() if pool is None else pool
+    for rule in (_factors_named, _views, _shared(pool), _factors, _shared(pool), _sums, _written_over):
         program = rule(program).without_waste()
     return program
 
@@ -183,34 +201,33 @@ def _key(a: Any) -> Any:
     return type(a), a
 
 
-def _shared(program: Program) -> Program:
+def _shared(pool: Pool) -> Callable[[Program], Program]:
     """What is computed twice is computed once; equal constants are one."""
-    pool: dict[Any, list[Tensor]] = {}
-    places: dict[Any, Tensor] = {}
 
-    def constant(a: Any) -> Any:
-        if not isinstance(a, Tensor):
-            return a
-        place = (a.data_ptr(), a.shape, a.stride(), a.dtype)
-        if place not in places:
-            ends = (float(a.view(-1)[0]), float(a.view(-1)[-1])) if a.is_contiguous() and a.numel() else ()
-            alike = pool.setdefault((*place[1:], ends), [])
-            places[place] = next((b for b in alike if torch.equal(a, b)), a)
-            alike += [a] if places[place] is a else []
-        return places[place]
+    def run(program: Program) -> Program:
+        seen: dict[Any, Tensor] = {}  # by place: all constants live until the rule has run
+        made: dict[Any, tuple[int, ...]] = {}
 
-    made: dict[Any, tuple[int, ...]] = {}
+        def constant(a: Any) -> Any:
+            if not isinstance(a, Tensor):
+                return a
+            place = (a.data_ptr(), a.shape, a.stride(), a.dtype)
+            if place not in seen:
+                seen[place] = pool.one_of(a)
+            return seen[place]
 
-    def rule(work: _Rewriter, step: Step) -> Step | None:
-        step = replace(step, args=mapped(step.args, constant))
-        key = (step.function, _key(step.args), tuple((k, _key(v)) for k, v in sorted(step.kwargs.items())))
-        if key in made:
-            work.same.update({r: Value(old) for r, old in zip(step.results, made[key], strict=True)})
-            return None
-        made[key] = step.results
-        return step
+        def rule(work: _Rewriter, step: Step) -> Step | None:
+            step = replace(step, args=mapped(step.args, constant))
+            key = (step.function, _key(step.args), tuple((k, _key(v)) for k, v in sorted(step.kwargs.items())))
+            if key in made:
+                work.same.update({r: Value(old) for r, old in zip(step.results, made[key], strict=True)})
+                return None
+            made[key] = step.results
+            return step
 
-    return _each(program, rule)
+        return _each(program, rule)
+
+    return run
 
 
 def _factors(program: Program) -> Program:
