@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.probes import column_norms, require_finite, require_symmetric
 
@@ -32,6 +33,7 @@ class BlockTridiagonal:
     basis: Float[Tensor, "rows dim"]
 
 
+@full_precision()
 def block_lanczos(operator: LinearOperator, start: Float[Tensor, "dim width"], steps: int) -> BlockTridiagonal:
     """Run the block recurrence from all columns of `start` together, with full reorthogonalisation.
 
