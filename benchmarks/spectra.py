@@ -156,6 +156,7 @@ def cost(name: str, device: torch.device, quick: bool, limit: int) -> None:
         operator.matmat(torch.ones(operator.shape[0], 1, device=device))  # proves and records its engine
         ours: Row = {
             "SLQ 1 x 30": lambda: SLQ(1, 30)(operator, generator()),
+            "the same, operator built anew": lambda: SLQ(1, 30)(Hessian(model, loss, (inputs, targets)), generator()),
             "spectrum within 30 products": lambda: spectrum_within(operator, generator(), matvecs=30),
             "trace, 30 products": lambda: trace(operator, generator(), matvecs=30),
             "top 5 to 1e-3": lambda: top_eigenvalues(operator, 5, generator()),
