@@ -28,6 +28,8 @@ from torch_rmt.measures import (
     free_add,
     free_mul,
 )
+from torch_rmt.measures.geometry import Factor, Geometry
+from torch_rmt.measures.stability import is_stable
 
 LEAKY = GaussianPushforward(lambda h: np.maximum(h, 0.01 * h), 0.7, kinks=(0.0,))
 BUMP = GaussianPushforward(lambda h: np.cosh(h) ** -4.0, 3.2)
@@ -134,3 +136,40 @@ def test_density_beside_an_atom_at_zero_is_no_rounding() -> None:
     law = PAIRS["a signed product with an atom"]()
     x = np.concatenate([-np.geomspace(1e-3, 1e-60, 58), np.geomspace(1e-60, 1e-3, 58)])
     assert law.density(x).max() < 1.2 * law.density(1e-3)
+
+
+def test_fuss_catalan_a_hair_above_the_axis_near_its_hard_edge() -> None:
+    # log(1 + M) nears a limit of its angle, by which alone the right solution would be told from the wrong ones
+    x = np.geomspace(1e-300, 1e-2, 80)
+    for order in (0.3, 2, 10):
+        law = FussCatalan(order)
+        for angle in (1e-20, 1.5e-17, 1e-13):
+            assert np.allclose(law.stieltjes(x + 1j * x * angle), law.stieltjes(x), rtol=1e-9, atol=0)
+
+
+def test_where_the_transform_nearly_vanishes_only_the_stable_solution_is_taken() -> None:
+    # at a zero of one summand's G the equations have a second real solution, with the others near infinity
+    law = free_add(
+        Discrete([-0.2, 0.1, 0.5], [0.49797535259866976, 0.23941529953854437, 0.26260934786278595]),
+        Discrete(
+            [-6.808937769510813, -4.0812313951669665, -3.725427225614469, 0.28209731358927864],
+            [0.054976886014911804, 0.39710805655453363, 0.18908102810462954, 0.358834029325925],
+        ),
+        Discrete([-0.2, -0.1, 0.2], [0.2758948601456331, 0.25535936879693505, 0.46874577105743187]),
+        Discrete([-0.3024344893159716, 2.537116972952822], [0.7553780363431333, 0.2446219636568667]),
+    )
+    low, high = law.bounds()
+    assert np.diff(law.cdf(np.linspace(low, high, 1501))).min() > -1e-12
+
+
+@pytest.mark.parametrize("last", [0.1, 3.0])
+def test_a_repelling_real_solution_is_refused_however_far_the_other_coordinates_are(last: float) -> None:
+    """Two laws, the second's coordinate at the zero of its G: the slope there is V_1 |G_2'|, whatever F is."""
+    geometry = Geometry((Factor(Semicircle(last)), Factor(Bernoulli(0.5, low=-1.0, high=1.0))))
+    zeta = np.zeros(1, dtype=complex)
+    stable = []
+    for far in (1e3, 1e6, 1e9):
+        w = np.array([[far], [-1.0 / far]], dtype=complex)  # F_2 = w - 1/w
+        _, dh = geometry.fields(w)
+        stable.append(bool(is_stable(geometry, zeta, w, dh, 1.0)[0]))
+    assert stable == [last < 1.0] * 3

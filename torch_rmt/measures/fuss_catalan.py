@@ -211,7 +211,8 @@ class FussCatalan(SpectralMeasure):
         """Whether log(1 + M) lies in the image of the upper half-plane."""
         s = self.order
         t = -kappa.imag
-        inner = np.clip(t, 1e-300, np.pi / (s + 1) * (1 - 1e-15))
+        # near z = 0 the angle t is within rounding of its limit, where the bound on the real part plunges
+        inner = np.clip(t * (1 - 1e-14), 1e-300, np.pi / (s + 1) * (1 - 1e-14))
         with np.errstate(all="ignore"):
             top = np.log(np.sin((s + 1) * inner) / np.sin(s * inner))
         slack = 1e-9 / (s + 1)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Complex, Float
 
 from torch_rmt.measures.geometry import Geometry, LogGeometry
 from torch_rmt.measures.semicircular import semicircle_row, solve_beside_semicircle
+from torch_rmt.measures.stability import is_pair, is_stable, linear_solve, map_slopes, tangent_of
 
 _TOLERANCE = 1e-12  # largest residual of a solution that is handed out
 _INTERIOR = 1e-11  # imaginary part (relative) from which a solution counts as interior, hence unique
@@ -41,39 +42,6 @@ class Subordination:
     residual: Float[np.ndarray, " n"]
 
 
-def _is_pair(geometry: Geometry) -> bool:
-    return len(geometry.factors) == 2 and geometry.total == 2.0
-
-
-def _linear_solve(geometry: Geometry, dh: np.ndarray, c: np.ndarray | float, rhs: np.ndarray) -> np.ndarray:
-    """Solve sum_j [delta_ij (1 + h_i') - c_i n_j h_j'] d_j = rhs_i at every point."""
-    counts = geometry.counts
-    with np.errstate(all="ignore"):
-        if _is_pair(geometry) and np.ndim(c) == 0:
-            determinant = 1.0 - dh[0] * dh[1]
-            return np.asarray(np.stack([rhs[0] + dh[1] * rhs[1], rhs[1] + dh[0] * rhs[0]]) / determinant)
-        if len(rhs) == 1:
-            return np.asarray(rhs / (1.0 + dh - c * counts * dh))
-    matrix = -(c * np.ones_like(dh)).T[:, :, None] * (counts * dh).T[:, None, :]
-    if np.ndim(c) == 0:  # the sum on the diagonal without cancellation
-        np.einsum("nii->ni", matrix)[:] = 1.0 - ((counts - 1.0) * dh).T
-    else:
-        np.einsum("nii->ni", matrix)[:] += 1.0 + dh.T
-    sound = np.isfinite(matrix).all(axis=(1, 2)) & (np.abs(matrix).max(axis=(1, 2)) < 1e150)
-    matrix[~sound] = np.eye(len(rhs))
-    try:
-        solution = np.linalg.solve(matrix, rhs.T[:, :, None])[:, :, 0].T
-    except np.linalg.LinAlgError:
-        solution = np.linalg.solve(matrix + 1e-14 * np.eye(len(rhs)), rhs.T[:, :, None])[:, :, 0].T
-    solution[:, ~sound] = np.nan
-    return np.asarray(solution)
-
-
-def _tangent(geometry: Geometry, dh: np.ndarray, c: np.ndarray | float) -> np.ndarray:
-    """Derivative of the coordinates by the coordinate of the point."""
-    return _linear_solve(geometry, dh, c, c * np.ones_like(dh))
-
-
 def _reflect(geometry: Geometry, w: np.ndarray) -> np.ndarray:
     """Bring coordinates back into 0 <= Im <= ceiling."""
     w = w.copy()
@@ -93,7 +61,7 @@ def _newton(
         here = w[:, active]
         h, dh = geometry.fields(here)
         rho, c = geometry.residual(zeta[active], here, h)
-        step = _linear_solve(geometry, dh, c, -rho)
+        step = linear_solve(geometry, dh, c, -rho)
         unit = geometry.length(here)
         with np.errstate(all="ignore"):
             relative = np.max(np.abs(step) / unit, axis=0)
@@ -123,7 +91,7 @@ def _residual(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> _Fields:
     unit = geometry.length(w)
     share = np.abs(h) + np.abs(dh) * unit
     own = unit + np.abs(zeta)
-    terms = own + share[::-1] if _is_pair(geometry) else own + share + (geometry.counts * share).sum(axis=0)
+    terms = own + share[::-1] if is_pair(geometry) else own + share + (geometry.counts * share).sum(axis=0)
     with np.errstate(all="ignore"):
         return np.max(np.abs(rho) / terms, axis=0), h, dh, c
 
@@ -162,10 +130,8 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
         )
         & axis
     )
-    if (
-        _is_pair(geometry) and np.ndim(c) == 0
-    ):  # an interior fixed point attracts; a repelling one is a real one, blurred
-        inside &= ~(np.abs(dh[0] * dh[1]) > 1.0 + _REPELLING)
+    if np.ndim(c) == 0:  # an interior fixed point attracts; a repelling one is a real one, blurred
+        inside &= ~np.any(np.abs(map_slopes(geometry, dh)) > 1.0 + _REPELLING, axis=0)
     accepted = good & inside
     rest = np.flatnonzero(axis & ~inside)
     if rest.size:
@@ -176,7 +142,7 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
         # in an exponentially thin tail the solution is interior, but nearer to the axis than rounding
         thin = rest[~fine & good[rest]]
         _, _, dh, c = _residual(geometry, zeta[thin], w[:, thin])
-        accepted[thin] = _stable(geometry, zeta[thin], w[:, thin], dh, c)
+        accepted[thin] = is_stable(geometry, zeta[thin], w[:, thin], dh, c)
     return w, accepted
 
 
@@ -193,38 +159,14 @@ def _real_solution(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple
     for _ in range(3):
         h, dh = geometry.fields(w)
         rho, c = geometry.residual(zeta, w, h)
-        step = _linear_solve(geometry, dh, c, -rho)
+        step = linear_solve(geometry, dh, c, -rho)
         unit = geometry.length(w)
         step = np.where(np.isfinite(step) & (np.abs(step) < 0.1 * unit), step, 0.0)
         w = snap(w + step)
         if np.all(np.abs(step) <= 1e-15 * unit):
             break
     residual, _, dh, c = _residual(geometry, zeta, w)
-    return w, (residual < _TOLERANCE) & _stable(geometry, zeta, w, dh, c)
-
-
-def _stable(
-    geometry: Geometry, zeta: np.ndarray, w: np.ndarray, dh: np.ndarray, c: np.ndarray | float
-) -> Bool[np.ndarray, " n"]:
-    """Whether a real solution is the attracting fixed point of the map that defines it.
-
-    With a_i = dw_i/dF = 1/(1 + h_i') the map of two laws has slope h_1' h_2' <= 1 when a_1 + a_2 - 1, which is dw/dF
-    of their sum, has the sign of a_1 a_2; laws are joined one by one. Edges, where it vanishes, are let through.
-    """
-    if np.ndim(c):  # rectangular: a coordinate on the point's side of its strip moves with it, else against it
-        sense = np.where(np.abs(w.imag - zeta.imag) < 1.0, 1.0, -1.0) * _tangent(geometry, dh, c)
-        return np.asarray(np.all(sense.real > -1e-6, axis=0))
-    with np.errstate(all="ignore"):
-        each = 1.0 / (1.0 + dh.real)
-        stable = np.all(np.abs(dh.imag) <= 1e-6 * (1.0 + np.abs(dh.real)), axis=0)
-        joined = np.ones(zeta.shape)
-        for a, n in zip(each, geometry.counts[:, 0], strict=True):
-            power = n * a - (n - 1.0)
-            stable &= (power * np.sign(a) > -1e-6) | ~np.isfinite(a)
-            total = joined + power - 1.0
-            stable &= (total * np.sign(joined) * np.sign(power) > -1e-6) | ~np.isfinite(power)
-            joined = total
-    return np.asarray(stable)
+    return w, (residual < _TOLERANCE) & is_stable(geometry, zeta, w, dh, c)
 
 
 def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
@@ -253,7 +195,7 @@ def _descend(geometry: Geometry, z: Complex[np.ndarray, " n"]) -> tuple[np.ndarr
         target = np.asarray(geometry.coordinate(there))
         h, dh = geometry.fields(w[:, todo])
         c = geometry.residual(zeta[todo], w[:, todo], h)[1]
-        tangent = _tangent(geometry, dh, c)
+        tangent = tangent_of(geometry, dh, c)
         with np.errstate(all="ignore"):
             guess = w[:, todo] + tangent * (target - zeta[todo])
         bad = ~np.all(np.isfinite(guess) & (guess.imag > 0) & (guess.imag < geometry.ceiling), axis=0)
@@ -288,7 +230,7 @@ def _interpolated(geometry: Geometry, at: np.ndarray, x: np.ndarray, w: np.ndarr
     h, dh = geometry.fields(known)
     with np.errstate(all="ignore"):
         c = geometry.residual(np.asarray(geometry.coordinate(x[used].astype(complex))), known, h)[1]
-        tangent = _tangent(geometry, dh, c) * geometry.pace(x[used])
+        tangent = tangent_of(geometry, dh, c) * geometry.pace(x[used])
     first, last = index[: at.size], index[at.size :]
     width = place[last] - place[first]
     share = np.clip((geometry.abscissa(at) - place[first]) / np.where(width > 0, width, 1.0), 0.0, 1.0)
@@ -391,7 +333,7 @@ def solve(
         )
     zeta = np.asarray(geometry.coordinate(z))
     residual, h, dh, c = _residual(geometry, zeta, w)
-    tangent = _tangent(geometry, dh, c)
+    tangent = tangent_of(geometry, dh, c)
     with np.errstate(all="ignore"):
         slope = 1.0 + (geometry.counts * dh * tangent).sum(axis=0)
     common = zeta + (geometry.counts * h).sum(axis=0)
