@@ -32,6 +32,8 @@ TORCH_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "linear": lambda h: 1.0 * h,
     "abs": torch.abs,
+    "hard_tanh": torch.nn.functional.hardtanh,
+    "hard_sigmoid": torch.nn.functional.hardsigmoid,
 }
 
 

@@ -37,20 +37,20 @@ def test_kinks_off_any_grid_are_found() -> None:
     assert phi.kinks == pytest.approx(at, abs=1e-10)
 
 
+@pytest.mark.parametrize(("q", "order"), [(0.7, 20), (0.01, 8), (1.0, 8), (300.0, 8)])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_complex_derivative_is_the_analytic_continuation(name: str) -> None:
+def test_complex_derivative_is_the_analytic_continuation(name: str, q: float, order: int) -> None:
     """The path that the Jacobian law integrates along must give the moments of the real axis."""
     phi = as_activation(name)
-    path = contour(phi, 0.7, order=20)
+    path = contour(phi, q, order=order)
     if phi.slopes() is not None:
         return
     assert path is not None, f"{name} has no complex derivative"
     _, s, weights = path
     for k in (1, 2):
-        assert (weights @ s**k).imag == pytest.approx(0, abs=1e-12)
-        direct = gaussian_expectation(lambda h, k=k: phi.derivative(h) ** (2 * k), 0.7, phi.kinks)
-        assert (weights @ s**k).real == pytest.approx(direct, rel=1e-11)
-    assert s.imag.max() <= 1e-9
+        direct = gaussian_expectation(lambda h, k=k: phi.derivative(h) ** (2 * k), q, phi.kinks)
+        assert weights @ s**k == pytest.approx(direct, rel=1e-11 if order == 20 else 1e-7)
+    assert s.imag.max() <= 1e-9 * np.abs(s).max()
 
 
 def test_names_are_forgiving_and_refusals_helpful() -> None:

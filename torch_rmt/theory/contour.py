@@ -93,7 +93,8 @@ def _along(
     )
     breaks = np.unique(np.concatenate([breaks, bends, middles, graded]))
     breaks = breaks[(np.abs(breaks) <= reach)]
-    breaks = breaks[np.concatenate([[True], np.diff(breaks) > 1e-7 * deviation])]
+    # slivers bring nothing, but the path bends at the turns: those are never dropped
+    breaks = breaks[np.concatenate([[True], np.diff(breaks) > 1e-7 * deviation]) | np.isin(breaks, ends)]
     unit, unit_weights = np.polynomial.legendre.leggauss(order)
     half = np.diff(breaks)[:, None] / 2
     x = (breaks[:-1, None] + half * (1 + unit)).ravel()

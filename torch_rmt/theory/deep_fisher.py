@@ -17,7 +17,7 @@ from torch_rmt.theory.gaussian import gaussian_expectation, gaussian_rule
 from torch_rmt.theory.prediction import Prediction
 from torch_rmt.theory.sizes import checked_widths, whole_number
 
-_LARGEST = 1e30  # mean square of pre-activations, beyond which products of layers leave double precision
+_LARGEST = 1e30  # mean square of pre-activations (and 1/it), beyond which products of layers leave double precision
 
 
 def deep_fisher_spectrum(
@@ -45,8 +45,9 @@ def deep_fisher_spectrum(
         input_second_moment: mean square of the input's entries.
 
     Raises:
-        ValueError: depth below 2, width below 1, another ensemble, a sigma out of range, lengths that explode.
-        ArithmeticError: the law's edges were not found (slopes that are nearly one value).
+        ValueError: depth below 2, width below 1, another ensemble, a sigma out of range, lengths that explode or
+            vanish.
+        ArithmeticError: the law's edges were not found.
 
     Source: Hayase and Karakida 2020, equations 13-15.
 
@@ -65,6 +66,8 @@ def deep_fisher_spectrum(
         q = sigma_w**2 * second + sigma_b**2
         if not q < _LARGEST:
             raise ValueError(f"the lengths of {phi.name} explode at sigma_w = {sigma_w:g} and depth {depth}: take less")
+        if not q > 1.0 / _LARGEST:
+            raise ValueError(f"the lengths of {phi.name} vanish at sigma_w = {sigma_w:g} and depth {depth}: take more")
         nodes, weights = gaussian_rule(q, phi.kinks, order=8)
         second = float(weights @ phi.value(nodes) ** 2)
         steps.append(
@@ -77,15 +80,12 @@ def deep_fisher_spectrum(
         )
     law = DeepFisherLaw(start=input_second_moment + bias, steps=tuple(steps))
     high = law.bounds()[1]
-    # The mean follows from the layers alone: a band that cannot hold it was misread.
-    atoms = law.atoms()
-    left = law.mean - sum(place * mass for place, mass in atoms)
-    share = 1.0 - sum(mass for _, mass in atoms)
+    # The mean follows from the layers alone: bands that cannot hold it were misread.
     bands = law.support()
-    if bands and not share * bands[0][0] * (1.0 - 1e-9) <= left <= share * bands[-1][1] * (1.0 + 1e-9):
+    if bands and not law.holds_mean(bands[0][0], bands[-1][1]):
         raise ArithmeticError(
-            f"the edges of the law were not found: its mean {law.mean:.4g} lies outside of its bands. The slopes of "
-            f"{phi.name} are nearly one value here; take another depth or sigma_w."
+            f"the edges of the law were not found: its mean {law.mean:.4g} lies outside of its bands. "
+            f"Take another depth or sigma_w for {phi.name}."
         )
     return Prediction(
         measure=law,

@@ -14,6 +14,7 @@ from torch_rmt.theory.slope_law import NodeLaw
 Reals = Float[np.ndarray, " points"]
 
 _SPAN = 28.0  # log distance from the support of D^2 at which a sweep ends: rounding
+_FAR = -8.0  # where a sweep starts: minus the log of the distance, in sizes of the law
 _POINTS = 41  # of a finer sweep
 _PART = 128  # points of the first sweep at a time
 _AGREE = 1e-10  # of parabolas through neighbours and through next neighbours: the finer is good to a sixteenth
@@ -111,12 +112,22 @@ def outer_edges(start: float, steps: Sequence[FisherStep], jumps: Sequence[float
     """Ends of the continuous part: where z, followed in from -infinity and from +infinity, first turns back.
 
     G falls with z all the way, but for the jumps at the atoms below the band. Where G passes infinity elsewhere, or the
-    curve ends without a turn, the edge is a hard one, and lies there. The lower end is the last shift itself where
-    nothing keeps W D Theta D W^T from zero: no units are dead, and W is Gaussian or D^2 comes down to zero.
+    curve ends without a turn, the edge is a hard one, and lies there. An atom above the band is passed. The lower
+    end is the last shift itself where nothing keeps W D Theta D W^T from zero: no units are dead, and W is Gaussian or
+    D^2 comes down to zero.
     """
     law, last = steps[0].slopes, steps[-1]
     mean, top, bottom = law.moment(1), top_of(law), bottom_of(law)
-    upper = _turn(lambda t: _signed(-1.0, real_curve(start, steps, top + mean * np.exp(-t))), _SPAN, 0.1, ())
+    far = _far_start(start, steps)
+    highest = _top_atom(start, steps)
+
+    def from_above(t: Reals) -> tuple[Reals, Reals]:
+        # on past an atom at the top, where w passes the one value of D^2 other than zero
+        beyond = top * -np.expm1(np.minimum(t - 2.0 * _SPAN, -1e-6))
+        return _signed(-1.0, real_curve(start, steps, np.where(t < _SPAN, top + mean * np.exp(-t), beyond)))
+
+    reach, passed = (_SPAN, ()) if highest is None else (2.0 * _SPAN, (-highest,))
+    upper = _turn(from_above, far, reach, 0.1, passed)
     alive = last.slopes.mass_at(0.0) == 0.0 and all(step.shift > 0.0 for step in steps)
     if alive and (last.gaussian or bottom_of(last.slopes) == 0.0):
         return last.shift, -upper
@@ -128,23 +139,48 @@ def outer_edges(start: float, steps: Sequence[FisherStep], jumps: Sequence[float
         return _signed(1.0, real_curve(start, steps, np.where(t < _SPAN, -mean * np.exp(-t), beyond)))
 
     reach = 3.0 * _SPAN if bottom > 0.0 else _SPAN
-    lower = _turn(from_below, reach, 0.025, jumps)
+    lower = _turn(from_below, far, reach, 0.025, jumps)
     # so few dead units that the gap above their atom is passed between two points of the sweep
     return lower if last.shift <= lower < -upper else last.shift, -upper
+
+
+def _top_atom(start: float, steps: Sequence[FisherStep]) -> float | None:
+    """Place of the atom of units that are alive in every layer: Haar weights, D^2 of zero and one value more."""
+    mass, place = 1.0, start
+    for step in steps:
+        if step.gaussian or step.slopes.ranges or len(step.slopes.atoms) > 2 or len(step.slopes.holes()) > 2:
+            return None
+        mass, place = mass - step.slopes.mass_at(0.0), step.shift + step.gain * top_of(step.slopes) * place
+    return place if mass > 0.0 else None
+
+
+def _far_start(start: float, steps: Sequence[FisherStep]) -> float:
+    """-log of the first w, in units of the mean of D^2, from where on z is far from the law of every layer.
+
+    Far out z_l = gain mean(D^2) z_{l-1}, and z_0 = start w/mean(D^2): where layers shrink, the last z comes near first.
+    """
+    mean, rate, reach = start, 1.0, 1.0
+    for step in steps:
+        factor = step.gain * step.slopes.moment(1)
+        mean, rate = step.shift + factor * mean, rate * factor
+        reach = max(reach, mean / (start * rate))
+    return _FAR - float(np.log(reach))
 
 
 def _signed(sign: float, curve: tuple[Reals, Reals]) -> tuple[Reals, Reals]:
     return sign * curve[0], -sign * curve[1]
 
 
-def _turn(rising: Callable[[Reals], tuple[Reals, Reals]], reach: float, step: float, jumps: Sequence[float]) -> float:
-    """Value where a function that rises from -infinity at t = -8 first falls, or its companion, but across `jumps`.
+def _turn(
+    rising: Callable[[Reals], tuple[Reals, Reals]], far: float, reach: float, step: float, jumps: Sequence[float]
+) -> float:
+    """Value where a function that rises from -infinity at t = `far` first falls, or its companion, but across `jumps`.
 
     A sweep by `step`, in parts so that it may stop early, then finer ones, each within the two intervals beside the
     turn, until a parabola fits its top.
     """
     t, value, other = np.empty(0), np.empty(0), np.empty(0)
-    coarse = np.concatenate([np.arange(-8.0, 12.0, step), np.arange(12.0, reach, 0.4)])
+    coarse = np.concatenate([np.arange(far, 12.0, step), np.arange(12.0, reach, 0.4)])
     for part in np.split(coarse, np.arange(_PART, len(coarse), _PART)):
         t, value, other = (np.append(*pair) for pair in zip((t, value, other), (part, *rising(part)), strict=True))
         at = _first_fall(value, other, jumps)
@@ -179,7 +215,8 @@ def _first_fall(value: Reals, other: Reals, jumps: Sequence[float]) -> int:
         rises = np.diff(value) >= -1e-13 * np.abs(value[:-1])
         follows = np.diff(other) >= -1e-9 * np.abs(other[:-1])
         for k, jump in enumerate(jumps):
-            across = (value[:-1] <= jump * (1.0 + 1e-9)) & (value[1:] >= jump * (1.0 - 1e-9))
+            slack = 1e-9 * abs(jump)
+            across = (value[:-1] <= jump + slack) & (value[1:] >= jump - slack)
             # an atom within a band or at its edge may lie between two points too, but does not turn the sign
             follows |= across & ((k == 0) | (other[1:] < 0.0))
         rises &= follows

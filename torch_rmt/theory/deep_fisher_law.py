@@ -115,7 +115,18 @@ class DeepFisherLaw(NewtonLaw):
 
     @cached_property
     def _outer(self) -> Interval:
-        return outer_edges(self.start, self.steps, [self.steps[-1].shift, *(place for place, _ in self.atoms())])
+        shift = self.steps[-1].shift
+        low, high = outer_edges(self.start, self.steps, [shift, *(place for place, _ in self.atoms())])
+        # with few dead units and Haar weights each gap between atoms has a band too narrow for the sweep: one interval
+        return (low, high) if self.holds_mean(low, high) else (shift, high)
+
+    def holds_mean(self, low: float, high: float) -> bool:
+        """Whether a continuous part between these ends, with the atoms, can have the mean, which is known."""
+        atoms = self.atoms()
+        left = self.mean - sum(place * mass for place, mass in atoms)
+        share = 1.0 - sum(mass for _, mass in atoms)
+        slack = 1e-9 * share * high + 1e-13 * self.mean  # of the edges, and of rounding where atoms have nearly all
+        return share * low - slack <= left <= share * high + slack
 
     def _scale(self) -> float:
         return self._outer[1]

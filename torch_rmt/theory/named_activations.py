@@ -22,7 +22,11 @@ _GELU_C, _GELU_A = np.sqrt(2 / np.pi), 0.044715
 
 
 def _sigmoid(h: Points) -> Points:
-    return np.asarray(1 / (1 + np.exp(-h)) if np.iscomplexobj(h) else expit(h))
+    if not np.iscomplexobj(h):
+        return np.asarray(expit(h))
+    left = np.real(h) < 0
+    e = np.exp(np.where(left, h, -h))  # never overflows
+    return np.asarray(np.where(left, e, 1.0) / (1 + e))
 
 
 def _normal_cdf(h: Points) -> Points:
