@@ -22,11 +22,13 @@ def deep(depth: int = 20, width: int = 24) -> nn.Module:
 
 
 class Snapshots(Classifier):
-    """Keeps the weights that the first step starts from."""
+    """Keeps the weights that the first step starts from, and all batches."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         if not self.losses:
             self.at_start = {k: v.clone() for k, v in self.net.state_dict().items()}
+            self.batches: list[torch.Tensor] = []
+        self.batches.append(batch[0].clone())
         return super().training_step(batch, batch_idx)
 
 
@@ -77,10 +79,10 @@ def test_the_order_of_the_batches_stays(own_generator: bool) -> None:
     by_callback = Classifier(mlp())
     fit(by_callback, [CriticalInit(example_input=example)], data=loader(), seed=3)
     torch.manual_seed(3)
-    from_batch = Classifier(mlp())
+    from_batch = Snapshots(mlp())
     fit(from_batch, [CriticalInit()], data=loader(), seed=3)
 
-    class ByHand(Classifier):
+    class ByHand(Snapshots):
         def on_train_start(self) -> None:
             critical_init_(self, example)
 
@@ -89,7 +91,8 @@ def test_the_order_of_the_batches_stays(own_generator: bool) -> None:
     fit(by_hand, [], data=loader(), seed=3)
     assert differences(by_hand.state_dict(), by_callback.state_dict()) == []
     # The example differs, hence the first layer's scale; the batches and all other weights are drawn alike.
-    assert len(from_batch.losses) == len(by_hand.losses)
+    assert len(from_batch.batches) == len(by_hand.batches)
+    assert all(torch.equal(a, b) for a, b in zip(from_batch.batches, by_hand.batches, strict=True))
     assert from_batch.losses[0] == pytest.approx(by_hand.losses[0], rel=0.2)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tests.callbacks.runs import Classifier, blobs, fit, mlp, norm_and_dropout
 from tests.cases import CALLBACKS
 from torch_rmt.callbacks import CurvatureSpectrum, JacobianSpectrum, SpectralMonitor
+from torch_rmt.callbacks.base import Point
 from torch_rmt.compare import Report
 from torch_rmt.operators import Jacobian
 from torch_rmt.spectra import exact
@@ -70,6 +71,7 @@ def test_every_logger_gets_every_scalar_under_its_own_separator(tmp_path: Path) 
     board.finalize("success")
     in_board, in_csv = scalars(tmp_path / "board"), rows(tmp_path / "csv")
     assert {report.name for _, report in keep.reports} == {"jacobian", "hessian", "fisher"}
+    assert len({(step, report.name) for step, report in keep.reports}) == len(keep.reports)
     for step, report in keep.reports:
         for key, value in report.scalars().items():
             if key.count("/") > 1:
@@ -130,15 +132,19 @@ def test_the_point_at_x_has_the_weights_of_the_loss_at_x(accumulate: int, seed: 
     module = Recording(mlp())
     module.before = []
     keep = Keep()
+    callback = JacobianSpectrum(source="net.0", target="net.6", **ALWAYS, sinks=[keep])
     fit(
         module,
-        [JacobianSpectrum(source="net.0", target="net.6", **ALWAYS, sinks=[keep])],
+        [callback],
         logger=CSVLogger(tmp_path),
         seed=seed,
         accumulate_grad_batches=accumulate,
         epochs=1 * accumulate,
         data=DataLoader(blobs(64), batch_size=16, shuffle=True),
     )
+    assert callback.first["jacobian"] is keep.reports[0][1]
+    assert callback.latest["jacobian"] is keep.reports[-1][1]
+    assert callback._last_batch is None  # let go of
     steps = len(module.before) // accumulate
     # One at every step, and one more when training has ended.
     assert keep.steps("jacobian") == list(range(steps + 1))
@@ -308,6 +314,34 @@ def test_a_loss_that_is_not_the_one_trained_is_noticed(weight: float, accumulate
     assert all("training_step returned" in m and "loss=lambda output, target" in m for m in said)
 
 
+def test_a_sink_that_fails_is_said_once_and_the_others_are_written() -> None:
+    class Full:
+        def write(self, report: Report, step: int) -> None:
+            raise OSError("no space left on device")
+
+    keep = Keep()
+    callback = JacobianSpectrum(**SELDOM, sinks=[Full(), keep])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(Classifier(mlp()), [callback])
+    (message,) = messages(caught)
+    assert "could not write to Full: OSError: no space left on device" in message
+    assert trainer.global_step == 6
+    assert keep.steps("jacobian") == [0, 4, 6]
+
+
+def test_a_loss_that_was_given_is_not_doubted() -> None:
+    class Weighted(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return 3.0 * super().training_step(batch, batch_idx)
+
+    loss = nn.functional.cross_entropy
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Weighted(mlp()), [CurvatureSpectrum(what=["fisher"], loss=loss, **SELDOM, sinks=[Keep()])])
+    assert messages(caught) == []
+
+
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_trainer_with_nowhere_to_write_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"nowhere to write to.*sinks="):
@@ -338,6 +372,52 @@ def test_a_spent_budget_stops_measuring_and_says_so_once() -> None:
     said = messages(caught)
     assert len(said) == 3
     assert all("raise max_seconds" in message for message in said)
+
+
+def test_what_may_be_spent_at_the_beginning_in_between_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first may take all that is left; then a quarter of what the end leaves over; the end may take all."""
+
+    class OneProcess:
+        world_size, is_global_zero = 1, True
+
+    monkeypatch.setattr("torch_rmt.callbacks.base.gradient_seconds", lambda point: 0.1)
+    monitor = JacobianSpectrum(max_seconds=10.0, max_fraction=0.0)
+    (measurement,) = monitor.measurements(True).values()
+    point = Point(mlp(), None, None, None)
+
+    def affords(cost: float | None, others: float = 0.0, *, last: bool = False) -> bool:
+        monitor._costs = {} if cost is None else {"jacobian": cost}
+        if others:
+            monitor._costs["others"] = others
+        return monitor._affords(OneProcess(), "jacobian", measurement, point, last=last)
+
+    forecast = 0.1 * measurement.gradients
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for spent, allowed in ((10.0 - 1.01 * forecast, True), (10.0 - 0.99 * forecast, False)):
+            monitor.budget.spent = spent
+            assert affords(None) == allowed
+        monitor.budget.spent = 4.0  # six are left
+        for cost, others, last, allowed in (
+            (1.15, 0.0, False, True),
+            (1.25, 0.0, False, False),
+            (1.15, 2.0, False, False),
+            (5.9, 2.0, True, True),
+            (6.1, 0.0, True, False),
+        ):
+            assert affords(cost, others, last=last) == allowed
+
+
+def test_a_state_that_is_loaded_is_the_state_that_was_saved() -> None:
+    first, second = JacobianSpectrum(), JacobianSpectrum()
+    state = {"last_step": 7, "spent": 1.5, "elapsed": 30.0, "costs": {"jacobian": 0.25}}
+    first.load_state_dict(state)
+    assert first.state_dict() == state
+    second.load_state_dict(first.state_dict())
+    second.budget.start()
+    again = second.state_dict()
+    assert 30.0 <= again.pop("elapsed") < 60.0
+    assert again.items() <= state.items()
 
 
 def test_the_state_loads_with_weights_only_and_resumes(tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ def test_forty_tanh_layers_become_critical(seed: int, width: int, ensemble: str)
     assert abs(report.chi_after - 1) < 3 * chi_noise(40, width)
     assert report.left_alone == ()
     assert "41 layers drawn" in report.verdict
+    ratio = report.after[0].gradient / report.after[-1].gradient
+    assert report.scalars()["gradient_ratio_after"] == pytest.approx(ratio)
+    assert report.scalars()["chi_after"] == pytest.approx(ratio ** (2 / 40))
     # and q is where it was aimed, from the first layer to the last hidden one
     q = np.array([s.q for s in report.after[:-1]])
     aim = report.layers[0].q
@@ -130,6 +133,33 @@ def test_orthogonal_draws_are_haar() -> None:
         traces.append(float(weight.trace()))
     assert abs(np.mean(traces)) < 4 / math.sqrt(1000)
     assert np.mean(np.square(traces)) == pytest.approx(1.0, abs=4 * math.sqrt(2 / 1000))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(8, 8), (16, 8), (8, 16), (8, 8, 3, 5), (16, 4, 3)])
+def test_every_group_of_a_weight_is_orthogonal_at_its_centre_tap(shape: tuple[int, ...], groups: int) -> None:
+    """And fan-in times the mean square is sigma_w^2, whatever the widths and the kernel."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.empty(shape, dtype=torch.float64))
+    draw_weight_(weight, "orthogonal", groups, 1.5)
+    assert weight[0].numel() * float(weight.detach().square().mean()) == pytest.approx(1.5**2, rel=1e-5)
+    centre = (slice(None), slice(None), *(k // 2 for k in shape[2:]))
+    assert float(weight.detach()[centre].abs().sum()) == pytest.approx(float(weight.detach().abs().sum()))
+    for block in weight.detach()[centre].split(shape[0] // groups):
+        gram = block @ block.T if block.shape[0] <= block.shape[1] else block.T @ block
+        torch.testing.assert_close(gram, gram[0, 0] * torch.eye(len(gram)).double(), atol=1e-5, rtol=0)
+    draw_weight_(weight, "gaussian", groups, 1.5)
+    noise = 1.5**2 * math.sqrt(2 / weight.numel())
+    assert weight[0].numel() * float(weight.detach().square().mean()) == pytest.approx(1.5**2, abs=4 * noise)
+
+
+def test_biases_are_drawn_too_unless_they_are_frozen() -> None:
+    torch.manual_seed(0)
+    net = mlp(nn.ReLU, depth=4)
+    net[4].bias.requires_grad_(False).fill_(0.3)
+    critical_init_(net, torch.randn(32, 64))
+    assert [bool((m.bias == 0).all()) for m in net if isinstance(m, nn.Linear)] == [True, True, False, True, True]
+    assert bool((net[4].bias == 0.3).all())
 
 
 def test_it_draws_from_the_global_generator() -> None:
@@ -277,6 +307,19 @@ def test_signals_are_the_gradients_of_autograd() -> None:
         rows = Jacobian(net, x, str(2 * i), None).adjoint().matmat(u[:, None])
         assert signal.gradient == pytest.approx(float(rows.norm()), rel=1e-9)
     assert chi_per_layer(found) == pytest.approx((found[0].gradient / found[-1].gradient) ** (2 / 3), rel=1e-12)
+
+
+def test_signals_of_many_samples_are_their_mean_squares() -> None:
+    torch.manual_seed(0)
+    net = mlp(depth=3, width=12, inputs=5).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    u = torch.randn(6, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    u = u / u.norm(dim=1, keepdim=True)  # one direction for each sample
+    for i, signal in enumerate(signals(net, x, seed=3)):
+        J = [Jacobian(net, x, str(2 * i), None, sample=n).adjoint() for n in range(6)]
+        squares = [float(J[n].matmat(u[n][:, None]).square().sum()) for n in range(6)]
+        assert signal.gradient == pytest.approx(np.mean(squares) ** 0.5, rel=1e-9)
+        assert signal.q == pytest.approx(float(net[: 2 * i + 1](x).detach().square().mean()), rel=1e-6)
 
 
 def test_the_first_layer_of_a_measured_chain_is_described_critical() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,10 +27,12 @@ from torch_rmt.operators import (
     dense,
     from_curvlinops,
     from_scipy,
+    ladder,
     layer_blocks,
     plan,
     to_scipy,
 )
+from torch_rmt.operators.engines import Differentiable, Products, double_vjp, stacked
 
 
 def _hessian(samples: int = 16) -> Hessian:
@@ -338,3 +341,103 @@ def test_what_was_proved_of_one_loss_is_not_believed_of_another() -> None:
     trusted = Hessian(H.pure.module, wrong, (x, y))
     assert trusted.engine.startswith("central differences")
     torch.testing.assert_close(dense(trusted), dense(Hessian(H.pure.module, right, (x, y))), rtol=1e-5, atol=1e-7)
+
+
+def _large() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(200, 250), nn.Tanh(), nn.Linear(250, 4)).double()
+    return net, (torch.randn(3, 200, dtype=torch.float64), torch.randint(0, 4, (3,)))
+
+
+@pytest.mark.parametrize("fault", ["stale", "pull doubled"])
+def test_a_tape_that_plays_something_else_is_not_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, batch = _large()
+    V = torch.randn(sum(p.numel() for p in net.parameters()), 2, dtype=torch.float64)
+    expected = GaussNewton(net, F.cross_entropy, batch, max_memory=0).matmat(V)
+
+    def faulty(one: Any) -> Any:
+        first: list[Any] = []
+
+        def many(block: tuple[Tensor, ...]) -> Any:
+            found = stacked(one)(block)
+            first.append(found)
+            if fault == "stale":
+                return tuple(t[:1].expand(len(block[0]), *t.shape[1:]) for t in first[0])
+            return tuple(2.0 * t for t in found) if len(block) == 1 else found
+
+        return many
+
+    monkeypatch.setattr(ladder, "taped", faulty)
+    monkeypatch.setitem(ladder._BLOCKS, "tape", faulty)
+    G = GaussNewton(net, F.cross_entropy, batch)
+    torch.testing.assert_close(G.matmat(V), expected)
+    assert "tape" not in G.engine
+
+
+def test_blocks_at_once_that_give_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(one: Any) -> Any:
+        return lambda block: tuple(t * len(block[0]) for t in stacked(one)(block))
+
+    expected = dense(_hessian())
+    monkeypatch.setattr(ladder, "batched", faulty)
+    monkeypatch.setitem(ladder._BLOCKS, "vmap", faulty)
+    torch.testing.assert_close(dense(_hessian()), expected)
+
+
+def test_differences_have_no_say_on_a_kink_of_built_in_operations() -> None:
+    """At zero a ReLU's slope is zero for autograd and one half for differences; the former is the convention."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.zero_()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    H = Hessian(net, F.mse_loss, (x, y))
+    assert H.engine.startswith("vjp of grad")
+    D = dense(H)
+    assert float(D[:-2].abs().max()) == 0.0
+    torch.testing.assert_close(D[-2:, -2:], torch.eye(2, dtype=torch.float64))
+
+
+def test_two_images_differ_by_as_much_in_either_order() -> None:
+    a, b = torch.zeros(3), torch.tensor([3.0, 0.0, 4.0])
+    assert ladder._gap(a, b) == ladder._gap(b, a) == 1.0
+    assert ladder._gap(b, 2 * b) == ladder._gap(2 * b, b) == 0.5
+    assert ladder._gap(a, a) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "error", "trusted"),
+    [
+        ("double backward", torch.float64, 1e-10, True),
+        ("double backward", torch.float64, 1e-6, False),
+        ("double backward", torch.float32, 1e-4, True),
+        ("double backward", torch.float32, 1e-2, False),
+        ("central differences", torch.float64, 1e-4, True),
+        ("central differences", torch.float64, 1e-2, False),
+        ("central differences", torch.float32, 1e-3, True),
+        ("central differences", torch.float32, 1e-1, False),
+    ],
+)
+def test_engines_must_agree_to_their_rounding(name: str, dtype: torch.dtype, error: float, trusted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    point, mix = (torch.randn(4, 4, generator=generator).to(dtype) for _ in range(2))
+    f = Differentiable(lambda w: torch.tanh(w @ mix), (point,), nullcontext, lambda _, thunk: thunk())
+
+    def off(f: Any, block: Any, push: float, pull: float) -> Products:
+        right = double_vjp(f, block)
+        return Products(
+            lambda v: tuple(t * (1 + push) for t in right.push(v)),
+            lambda u: tuple(t * (1 + pull) for t in right.pull(u)),
+            right.value,
+        )
+
+    engines = (("double vjp", double_vjp), (name, lambda f, block: off(f, block, error, error)))
+    if trusted:
+        assert ladder.climb(f, engines, nn.Identity(), "agree")[1].engine == "double vjp"
+    else:
+        with pytest.raises(EngineError, match="differ by"):
+            ladder.climb(f, engines, nn.Identity(), "disagree")
+    if name == "double backward" and not trusted:
+        alone = (("double vjp", lambda f, block: off(f, block, 0.0, 10 * error)),)
+        with pytest.raises(EngineError, match="the adjoint identity fails"):
+            ladder.climb(f, alone, nn.Identity(), "alone")
