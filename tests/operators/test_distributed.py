@@ -23,9 +23,13 @@ from torch_rmt.operators import (
     Hessian,
     ShardedGaussNewton,
     ShardedHessian,
+    column_bytes,
     dense,
+    product_bytes,
     unsharded,
 )
+from torch_rmt.operators.live import Live
+from torch_rmt.spectra import SLQ, Spectrum
 
 
 class Tied(nn.Module):
@@ -74,6 +78,29 @@ def _uneven(x: Tensor, y: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:
 
 def _some_vectors(rows: int) -> Tensor:
     return torch.randn(rows, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _spectrum_in_memory(rank: int) -> dict[str, Tensor]:
+    """Ranks whose graphs differ in size must run as many probes at a time, or they wait for one another."""
+    generator = torch.Generator().manual_seed(rank)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    samples = 48 if rank == 0 else 2
+    x, y = torch.randn(samples, 4, generator=generator, dtype=torch.float64), torch.arange(samples) % 3
+
+    def spectrum(max_memory: int | None) -> Spectrum:
+        operator = AllReduced(Hessian(model, F.cross_entropy, (x, y)))
+        return SLQ(probes=4, depth=20, max_memory=max_memory)(operator, torch.Generator().manual_seed(0))
+
+    reduced = AllReduced(Hessian(model, F.cross_entropy, (x, y)))
+    probe = column_bytes(reduced) + 28 * reduced.shape[0] * 8
+    limit = product_bytes(reduced, 0) + 2 * probe
+    assert product_bytes(reduced, 0) >= product_bytes(reduced.local, 0) + rank * probe  # one more would fit rank 1
+    with Live() as live:
+        found = spectrum(limit)
+    assert live.peak <= limit
+    assert any("2 of 4 probes at a time" in note for note in found.notes)
+    return {"nodes within bytes": torch.from_numpy(found.nodes), "nodes": torch.from_numpy(spectrum(None).nodes)}
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -152,6 +179,7 @@ def _rank(rank: int, folder: str) -> None:
     except EngineError as refused:
         results["rough"] = torch.tensor(len(str(refused)))
     results["sharded"] = dense(Hessian(whole, F.cross_entropy, (x, y), "*"))
+    results |= _spectrum_in_memory(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -170,6 +198,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert torch.equal(first["differences of rank 0 vectors"], second["differences of rank 0 vectors"])
     assert int(first["uneven ranks"]) > 0
     assert int(first["rough"]) > 0
+    torch.testing.assert_close(first["nodes within bytes"].max(), first["nodes"].max(), rtol=1e-4, atol=0.0)
+    assert torch.equal(first["nodes within bytes"], second["nodes within bytes"])
     assert int(first["loss of one rank"]) > 0
     assert int(second["loss of one rank"]) > 0
     trained = [n for n, _ in model.named_parameters() if n != "a.bias"]

@@ -14,6 +14,8 @@ from torch_rmt.operators.base import Like, LinearOperator
 class Transposed(Like):
     """Transpose of an operator that can multiply from the left; its adjoint is the operator itself."""
 
+    copies = 0
+
     def __init__(self, operator: LinearOperator, rmatmat: Callable[[Tensor], Tensor]) -> None:
         super().__init__(operator)
         self._rmatmat = rmatmat

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -47,6 +48,18 @@ class LinearOperator(ABC):
     def adjoint(self) -> LinearOperator:
         """Return the transposed operator."""
 
+    def product_bytes(self, columns: int) -> int:
+        """Bytes that a product with so many columns takes beside those given: graphs, where known, and vectors."""
+        return 2 * columns * self._vector_bytes
+
+    def within(self, max_memory: int | None, columns: int = 1) -> AbstractContextManager[None]:
+        """Context in which products with so many columns take at most so many bytes, where that can be had."""
+        return nullcontext()
+
+    @property
+    def _vector_bytes(self) -> int:
+        return max(self.shape) * self.dtype.itemsize
+
     def __matmul__(self, V: Tensor) -> Tensor:
         """Multiply by a vector `(columns,)` or by the columns of `(columns, k)`.
 
@@ -81,7 +94,9 @@ def _combined(a: LinearOperator, b: LinearOperator, sign: float) -> Combination:
 
 
 class Like(LinearOperator):
-    """Shape, device and type taken from another operator."""
+    """Shape, device and type taken from another operator, through which every product goes."""
+
+    copies = 2  # of every column, held beside that operator's own
 
     def __init__(self, like: LinearOperator) -> None:
         self._like = like
@@ -100,6 +115,15 @@ class Like(LinearOperator):
     def dtype(self) -> torch.dtype:
         """As the operator it is made from."""
         return self._like.dtype
+
+    def product_bytes(self, columns: int) -> int:
+        """Bytes of the operator that it is made from, and of vectors in between."""
+        return self._like.product_bytes(columns) + self.copies * columns * self._vector_bytes
+
+    def within(self, max_memory: int | None, columns: int = 1) -> AbstractContextManager[None]:
+        """Keep the operator that it is made from to what is left of so many bytes."""
+        own = self.copies * columns * self._vector_bytes
+        return self._like.within(None if max_memory is None else max(0, max_memory - own), columns)
 
 
 class Combination(Like):
@@ -124,6 +148,23 @@ class Combination(Like):
         self.operators, self.coefficients = tuple(operators), tuple(coefficients)
         self.symmetric = all(op.symmetric for op in operators)
         self.positive = all(op.positive for op in operators) and all(c >= 0 for c in coefficients)
+
+    def product_bytes(self, columns: int) -> int:
+        """Bytes of all parts' graphs, and of vectors."""
+        graphs = [op.product_bytes(0) for op in self.operators]
+        vectors = max(op.product_bytes(columns) - g for op, g in zip(self.operators, graphs, strict=True))
+        return sum(graphs) + vectors + self.copies * columns * self._vector_bytes
+
+    @contextmanager
+    def within(self, max_memory: int | None, columns: int = 1) -> Iterator[None]:
+        """Share so many bytes among the parts, by what each takes."""
+        with ExitStack() as stack:
+            if max_memory is not None:
+                left = max(0, max_memory - self.copies * columns * self._vector_bytes)
+                needs = [op.product_bytes(columns) for op in self.operators]
+                for op, need in zip(self.operators, needs, strict=True):
+                    stack.enter_context(op.within(left * need // max(1, sum(needs)), columns))
+            yield
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
         """Columns `sum_i c_i A_i v`."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.engines import EngineError
+from torch_rmt.operators.live import Live
 from torch_rmt.operators.losses import checked_loss
 
 
@@ -38,9 +39,14 @@ class ClosureHessian(LinearOperator):
         if not self.tensors or not all(t.requires_grad for t in self.tensors):
             raise ValueError("give the tensors to differentiate by, each with requires_grad=True")
         self.sizes = [t.numel() for t in self.tensors]
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), Live() as live:
             value = checked_loss(closure())
             self._gradients = torch.autograd.grad(value, self.tensors, create_graph=True, materialize_grads=True)
+            del value
+            graph = live.now()
+        with Live() as live:
+            self.matmat(torch.ones(sum(self.sizes), 1, dtype=self.dtype, device=self.device))
+        self._bytes: int = graph + live.peak
         generator = torch.Generator(device=self.device).manual_seed(0)
         u, v = torch.randn(2, sum(self.sizes), 1, generator=generator, dtype=self.dtype, device=self.device)
         left, right = float((u * self.matmat(v)).sum()), float((v * self.matmat(u)).sum())
@@ -68,6 +74,10 @@ class ClosureHessian(LinearOperator):
     def adjoint(self) -> LinearOperator:
         """Return itself: symmetric."""
         return self
+
+    def product_bytes(self, columns: int) -> int:
+        """Bytes of the graph and of a product, counted when it was made, and of the columns."""
+        return self._bytes + super().product_bytes(columns)
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns `H v`."""

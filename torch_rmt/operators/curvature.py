@@ -113,7 +113,7 @@ class Curvature(SymmetricOfModel):
         return Footprint(kept, max(self._saved), self.shape[0] * self.dtype.itemsize, vmapped)
 
     @contextmanager
-    def within(self, max_memory: int | None) -> Iterator[None]:
+    def within(self, max_memory: int | None, columns: int = 1) -> Iterator[None]:
         """Keep to so many bytes inside; what was decided before holds again outside."""
         before = (self.max_memory, self.keep, self.batches, self.notes, self._saved)
         tighter = max_memory is not None and (self.max_memory is None or max_memory < self.max_memory)

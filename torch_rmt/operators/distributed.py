@@ -30,6 +30,7 @@ class AllReduced(Like):
     """
 
     symmetric = True
+    copies = 1
 
     def __init__(self, operator: Curvature, group: dist.ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -61,9 +62,15 @@ class AllReduced(Like):
         V = V.detach().clone(memory_format=torch.contiguous_format)
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         dist.broadcast(V, source, group=self.group)
-        image = (self.weight * self.local.matmat(V)).contiguous()
-        dist.all_reduce(image, group=self.group)
-        return image
+        torch.mul(self.local.matmat(V), self.weight, out=V)
+        dist.all_reduce(V, group=self.group)
+        return V
+
+    def product_bytes(self, columns: int) -> int:
+        """The most that it is on any rank, so that all ranks plan alike; to be asked on all together."""
+        most = torch.tensor(super().product_bytes(columns), device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        return int(most)
 
     def adjoint(self) -> LinearOperator:
         """Return itself: symmetric."""

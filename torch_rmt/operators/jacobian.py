@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch_rmt.operators.arithmetic import Transposed
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.ladder import Choice, climb
+from torch_rmt.operators.memory import Footprint, saved_during
 from torch_rmt.operators.places import (
     Reached,
     check_called,
@@ -90,6 +92,7 @@ class Jacobian(LinearOperator):
         self._shape = (value.numel(), self._point.numel())
         self._dtype = value.dtype
         self._products: Products | None = None
+        self._saved: int | None = None
         self._choice: Choice | None = None
         self.notes = self.pure.notes
 
@@ -179,6 +182,32 @@ class Jacobian(LinearOperator):
             self._products, self._choice = climb(f, FIRST_ORDER, self.pure.module, key)
         return self._products
 
+    def footprint(self) -> Footprint:
+        """Bytes of products with one vector or many."""
+        if self._saved is None:
+            leaf = self._point.detach().requires_grad_()
+            with self.pure.guarded():
+                self._saved = saved_during(lambda: self._run(leaf), self.pure.params)
+        vmapped = self._choice is not None and self._choice.block == "vmap"
+        copies = sum(t.nbytes for t in (*self.pure.params, *self.pure.buffers.values()))
+        return Footprint(self._saved, self._saved, self._vector_bytes, vmapped, copies)
+
+    def product_bytes(self, columns: int) -> int:
+        """Bytes of graphs and vectors of a product with so many columns."""
+        return self.footprint().product(columns)
+
+    @contextmanager
+    def within(self, max_memory: int | None, columns: int = 1) -> Iterator[None]:
+        """Multiply so few vectors at a time inside as keep to so many bytes, where one vector does."""
+        before = self.chunk
+        if max_memory is not None:
+            self._prepared()
+            self.chunk = max(1, min(before, self.footprint().width(columns, max_memory)))
+        try:
+            yield
+        finally:
+            self.chunk = before
+
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
         """Columns `J v`."""
         products = self._prepared()
@@ -197,8 +226,15 @@ def in_blocks(V: Tensor, shape: torch.Size, product: Any, chunk: int, rows: int)
     """Run a product over blocks of columns, each shaped like the tensor it is a tangent of."""
     if V.shape[1] == 0:
         return V.new_zeros((rows, 0))
-    results: list[Tensor] = []
-    for block in torch.split(V.detach().T.contiguous(), chunk):
+    whole: Tensor | None = None
+    image: Tensor
+    for start in range(0, V.shape[1], chunk):
+        block = V[:, start : start + chunk].detach().T.contiguous()
         (image,) = product((block.reshape(block.shape[0], *shape),))
-        results.append(image.reshape(block.shape[0], -1))
-    return torch.cat(results).T
+        image = image.reshape(block.shape[0], -1)
+        if block.shape[0] == V.shape[1]:
+            return image.T
+        whole = image.new_empty(V.shape[1], rows) if whole is None else whole
+        whole[start : start + chunk] = image
+    assert whole is not None
+    return whole.T

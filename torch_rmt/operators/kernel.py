@@ -83,7 +83,7 @@ class NeuralTangentKernel(SymmetricOfModel):
         return Footprint(self._saved, self._saved, self.pure.n_params * self.dtype.itemsize, vmapped)
 
     @contextmanager
-    def within(self, max_memory: int | None) -> Iterator[None]:
+    def within(self, max_memory: int | None, columns: int = 1) -> Iterator[None]:
         """Multiply so few vectors at a time inside as keep to so many bytes, where one vector does."""
         before = self.chunk
         if max_memory is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +29,19 @@ class Footprint:
         largest: saved by that of the largest batch.
         vector: one vector over the parameters.
         vmapped: whether the vectors of a block run at the same time.
+        copies: of parameters, where a vector is not as long as all of them.
     """
 
     kept: int
     largest: int
     vector: int
     vmapped: bool
+    copies: int = 0
 
     def product(self, columns: int, width: int = 1) -> int:
         """Bytes of a product with so many columns, `width` at a time; the vectors given are not counted."""
         block = _BLOCK_OVER_FORWARD * self.largest * (width - 1) if self.vmapped else 0
-        graphs = KEPT_OVER_FORWARD * self.kept + _PRODUCT_OVER_FORWARD * self.largest
+        graphs = KEPT_OVER_FORWARD * self.kept + _PRODUCT_OVER_FORWARD * self.largest + self.copies
         return int(graphs + block + (2 * columns + 2 * width + 12) * self.vector)
 
     def width(self, columns: int, max_memory: int) -> int:
@@ -50,6 +53,13 @@ class Footprint:
 
 def saved_bytes(pure: PureModel, inputs: object) -> int:
     """Bytes that one forward pass keeps for its backward pass, parameters not counted."""
+    leaves = tuple(p.detach().requires_grad_() for p in pure.params)
+    with pure.guarded():
+        return saved_during(lambda: pure(leaves, inputs), leaves)
+
+
+def saved_during(run: Callable[[], object], own: Sequence[Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, without those of some tensors."""
     # By weak references: what is let go here may lie again where something else lay, and is another tensor.
     seen: dict[StorageWeakRef, int] = {}
 
@@ -60,11 +70,10 @@ def saved_bytes(pure: PureModel, inputs: object) -> int:
         seen[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
         return nothing
 
-    leaves = tuple(p.detach().requires_grad_() for p in pure.params)
-    own = {StorageWeakRef(p.untyped_storage()) for p in leaves}  # type: ignore[no-untyped-call]
-    with pure.guarded(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        pure(leaves, inputs)
-    return sum(size for storage, size in seen.items() if storage not in own)
+    others = {StorageWeakRef(t.untyped_storage()) for t in own}  # type: ignore[no-untyped-call]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(size for storage, size in seen.items() if storage not in others)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:

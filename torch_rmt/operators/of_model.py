@@ -8,6 +8,7 @@ import torch
 
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.ladder import Choice
+from torch_rmt.operators.memory import Footprint
 from torch_rmt.operators.pure import PureModel
 
 
@@ -34,6 +35,14 @@ class SymmetricOfModel(LinearOperator):
         if self._choice is None:
             self._chosen()
         return str(self._choice)
+
+    @abstractmethod
+    def footprint(self) -> Footprint:
+        """Bytes of products with one vector or many."""
+
+    def product_bytes(self, columns: int) -> int:
+        """Bytes of graphs and vectors of a product with so many columns."""
+        return self.footprint().product(columns)
 
     @abstractmethod
     def _chosen(self) -> None:

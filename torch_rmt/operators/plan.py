@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -219,9 +219,7 @@ def exact_routes(operator: Curvature | NeuralTangentKernel) -> tuple[Route, ...]
         seconds = passes * each.seconds + (flops + FLOPS_PER_BYTE * moved) / speed
         return Route(name, passes * each.flops + flops, passes * each.moved + moved, int(held), seconds)
 
-    # Matrix, its float64 copy, and what the eigenvalues need.
-    matrix = product_bytes(operator, 1) + n * n * (item + 24) + 2 * min(n, COLUMNS_AT_ONCE) * n * item
-    found = [route("dense", n, _EIGENVALUES * n**3, 0.0, matrix)]
+    found = [route("dense", n, _EIGENVALUES * n**3, 0.0, dense_bytes(operator))]
     if isinstance(operator, NeuralTangentKernel) or (isinstance(operator, GaussNewton) and len(operator.given) == 1):
         counts = dual_counts(operator)
         passes = counts.columns / 2 + counts.rows_by_products  # a backward pass is half a product with J and J^T
@@ -233,17 +231,25 @@ def exact_routes(operator: Curvature | NeuralTangentKernel) -> tuple[Route, ...]
 
 def product_bytes(operator: LinearOperator, columns: int) -> int:
     """Bytes that a product with so many columns takes beside the vectors given, where that can be known."""
-    vector = max(operator.shape) * operator.dtype.itemsize
-    if isinstance(operator, Curvature | NeuralTangentKernel):
-        return operator.footprint().product(columns)
-    return 2 * columns * vector
+    return operator.product_bytes(columns)
 
 
-def keeping_to(operator: LinearOperator, max_memory: int | None) -> AbstractContextManager[None]:
-    """Context in which products take at most so many bytes, where the operator can be told."""
-    if isinstance(operator, Curvature | NeuralTangentKernel):
-        return operator.within(max_memory)
-    return nullcontext()
+def column_bytes(operator: LinearOperator) -> int:
+    """Bytes that each column adds to a product."""
+    return product_bytes(operator, 1) - product_bytes(operator, 0)
+
+
+def dense_bytes(operator: LinearOperator) -> int:
+    """Bytes of the whole matrix, its float64 copy, what its eigenvalues need, and the product that it is made by."""
+    item, columns = operator.dtype.itemsize, min(*operator.shape, COLUMNS_AT_ONCE)
+    entries = operator.shape[0] * operator.shape[1]
+    made = product_bytes(operator, 1) + columns * column_bytes(operator)
+    return made + entries * (item + 24)
+
+
+def keeping_to(operator: LinearOperator, max_memory: int | None, columns: int = 1) -> AbstractContextManager[None]:
+    """Context in which products with so many columns take at most so many bytes, where the operator can be told."""
+    return operator.within(max_memory, columns)
 
 
 def room_beside(operator: LinearOperator, max_memory: int) -> int:

@@ -16,6 +16,7 @@ from torch_rmt.operators import (
     LinearOperator,
     NeuralTangentKernel,
     Route,
+    dense_bytes,
     dual_gram,
     exact_routes,
     is_out_of_memory,
@@ -72,7 +73,15 @@ def exact(operator: LinearOperator, *, max_memory: int | None = None, max_second
     [2.0, 3.0]
     """
     if not isinstance(operator, (Curvature, NeuralTangentKernel)):
-        return _by_dense(operator, "exact")
+        need = 0 if max_memory is None else dense_bytes(operator)
+        if max_memory is not None and need > max_memory:
+            raise ValueError(
+                f"no exact spectrum of an operator of shape {operator.shape} fits (the matrix and its eigenvalues take "
+                f"{need} bytes, max_memory={max_memory}): estimate it with SLQ() or top_eigenvalues()"
+            )
+        columns = min(*operator.shape, COLUMNS_AT_ONCE)
+        with keeping_to(operator, None if max_memory is None else max_memory - _matrix_bytes(operator), columns):
+            return _by_dense(operator, "exact")
     has_choice = isinstance(operator, (GaussNewton, NeuralTangentKernel)) and operator.shape[0] > _AT_ONCE
     if not has_choice and max_memory is None and max_seconds is None:
         return _by_dense(operator, "exact")
@@ -119,8 +128,8 @@ def along(
 
 def _matrix_bytes(operator: LinearOperator) -> int:
     """Of the matrix and the columns at hand while it is written out."""
-    n, item = operator.shape[1], operator.dtype.itemsize
-    return n * item * (n + 2 * min(n, COLUMNS_AT_ONCE))
+    (rows, columns), item = operator.shape, operator.dtype.itemsize
+    return item * (rows * columns + 2 * max(rows, columns) * min(rows, columns, COLUMNS_AT_ONCE))
 
 
 def _by_dual(operator: Curvature | NeuralTangentKernel, max_memory: int | None) -> Spectrum:

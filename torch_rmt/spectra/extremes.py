@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_rmt.guard import full_precision
-from torch_rmt.operators import keeping_to, room_beside
+from torch_rmt.operators import column_bytes, keeping_to, room_beside
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.gram import Gram
 from torch_rmt.spectra.probes import column_dots, column_norms, require_finite, require_size, sphere
@@ -94,7 +94,9 @@ def top_eigenvalues(
     if max_memory is not None:
         room = _room(operator, room, min(dim, 2 * wanted + 2 * block), wanted, block, max_memory)
     limit = (40 * room if max_matvecs is None else max_matvecs) // price - wanted  # the last for the check
-    with keeping_to(operator, None if max_memory is None else max_memory - _held(operator, room, block)):
+    with keeping_to(
+        operator, None if max_memory is None else max_memory - _held(operator, room, block), max(wanted, block)
+    ):
         search = _Search(target, room, block, generator)
         coordinates = search.run(wanted, limit, tolerance, end)
         return _checked(target, search, coordinates, tolerance, (search.products + wanted) * price, end)
@@ -107,7 +109,7 @@ def _held(operator: LinearOperator, room: int, block: int) -> int:
 
 def _room(operator: LinearOperator, wish: int, least: int, wanted: int, block: int, max_memory: int) -> int:
     """Vectors of the basis that fit."""
-    vectors = (2 * max(wanted, block) + 3 * wanted) * operator.shape[1] * operator.dtype.itemsize
+    vectors = max(wanted, block) * column_bytes(operator) + 3 * wanted * operator.shape[1] * operator.dtype.itemsize
     product = max_memory - room_beside(operator, max_memory) + vectors
     need = product + _held(operator, least, block)
     if need > max_memory:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_rmt.guard import full_precision
-from torch_rmt.operators import keeping_to, room_beside
+from torch_rmt.operators import column_bytes, dense_bytes, keeping_to, room_beside
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.block_slq import BlockSLQ
 from torch_rmt.spectra.exact import exact
@@ -107,7 +107,7 @@ SLQ(probes=13, depth=61, deflate=0, reorthogonalise=None, max_memory=None))
             count = min(block, self.probes - first)
             start = sphere(dim, count, generator, device=operator.device, dtype=operator.dtype)
             own = (_vectors(how, steps) * count + len(known)) * dim * operator.dtype.itemsize
-            with keeping_to(smaller, None if self.max_memory is None else self.max_memory - own):
+            with keeping_to(smaller, None if self.max_memory is None else self.max_memory - own, count):
                 rules.append(_rule(smaller, start, steps, vectors, how))
                 notes = tuple(dict.fromkeys((*notes, *getattr(operator, "notes", ()))))
         nodes = np.concatenate([rule[0] for rule in rules])
@@ -144,9 +144,10 @@ SLQ(probes=13, depth=61, deflate=0, reorthogonalise=None, max_memory=None))
             block = _VECTOR_BYTES // (_vectors(how, steps) * vector)
             return how, max(1, min(self.probes, block)), ()
         spare = room_beside(operator, self.max_memory) - known * vector
-        if self.reorthogonalise is None and spare < (_vectors(how, steps) + 2) * vector:
+        product = column_bytes(operator)
+        if self.reorthogonalise is None and spare < _vectors(how, steps) * vector + product:
             how = "none"
-        each = (_vectors(how, steps) + 2) * vector
+        each = _vectors(how, steps) * vector + product
         if spare < each:
             raise ValueError(
                 f"one probe takes {self.max_memory - spare + each} bytes and max_memory={self.max_memory} are allowed; "
@@ -180,14 +181,16 @@ def spectrum_within(
     'exact'
     """
     price = 1 if operator.symmetric else 2
-    if matvecs >= min(operator.shape):
-        return exact(operator)
+    if matvecs >= min(operator.shape) and (max_memory is None or dense_bytes(operator) <= max_memory):
+        return exact(operator, max_memory=max_memory)
+    matvecs = min(matvecs, max(1, min(operator.shape) - 1))  # the matrix does not fit
     budget = max(1, matvecs // price)
     vector, shared = operator.shape[1] * operator.dtype.itemsize, BlockSLQ.for_budget(budget)
     held = (budget + _VECTORS_PER_COLUMN * shared.probes) * vector
-    fits = max_memory is None or held + 2 * shared.probes * vector <= room_beside(operator, max_memory)
+    product = shared.probes * column_bytes(operator)
+    fits = max_memory is None or held + product <= room_beside(operator, max_memory)
     if operator.symmetric and fits and budget * vector <= _BASIS_BYTES:
-        with keeping_to(operator, None if max_memory is None else max_memory - held):
+        with keeping_to(operator, None if max_memory is None else max_memory - held, shared.probes):
             found = shared(operator, generator)
             return replace(found, notes=tuple(dict.fromkeys((*found.notes, *getattr(operator, "notes", ())))))
     given_up = () if fits else (f"no shared Krylov space: it would take {held} bytes, max_memory={max_memory}",)

@@ -1,0 +1,173 @@
+"""`max_memory` of the estimators is kept to by Jacobians, closures, sums, scalings and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from tests.operators.test_memory import _generator, _setting
+from torch_rmt.operators import (
+    ClosureHessian,
+    GaussNewton,
+    Hessian,
+    Jacobian,
+    LinearOperator,
+    Scaled,
+    dense,
+    dense_bytes,
+    product_bytes,
+)
+from torch_rmt.operators.live import Live
+from torch_rmt.spectra import SLQ, exact, spectrum_within, top_eigenvalues
+
+Make = Callable[[], LinearOperator]
+
+
+def _peak(run: Callable[[], Any]) -> tuple[int, Any]:
+    with Live() as live:
+        result = run()
+    return live.peak, result
+
+
+def _deep(width: int, depth: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())))
+
+
+def _convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [m for _ in range(4) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.GELU())]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 144, 30))
+
+
+def _sum(width: int, samples: int) -> Make:
+    net, batch = _setting(width, samples)
+    return lambda: Hessian(net, F.cross_entropy, batch) - 0.5 * GaussNewton(net, F.cross_entropy, batch)
+
+
+def _scaled(width: int, samples: int) -> Make:
+    net, batch = _setting(width, samples)
+    size = sum(p.numel() for p in net.parameters())
+    return lambda: Scaled(Hessian(net, F.cross_entropy, batch), torch.linspace(0.5, 2.0, size))
+
+
+def _closure(width: int, samples: int) -> Make:
+    net, (x, y) = _setting(width, samples)
+    return lambda: ClosureHessian(lambda: F.cross_entropy(net(x), y), list(net.parameters()))
+
+
+def _jacobian(net: nn.Module, x: Tensor) -> Make:
+    return lambda: Jacobian(net, x)
+
+
+OPERATORS: dict[str, Make] = {
+    "jacobian, deep": _jacobian(_deep(200, 12), torch.randn(1, 200, generator=_generator())),
+    "jacobian, convolutions": _jacobian(_convolutions(), torch.randn(1, 8, 12, 12, generator=_generator())),
+    "sum": _sum(16, 400),
+    "scaled": _scaled(16, 400),
+    "closure": _closure(16, 400),
+    "closure, parameters": _closure(60, 20),
+}
+ESTIMATES: dict[str, Callable[[LinearOperator, int | None], Any]] = {
+    "slq": lambda operator, limit: SLQ(4, 4, max_memory=limit)(operator, _generator()),
+    "any spectrum": lambda operator, limit: spectrum_within(operator, _generator(), matvecs=16, max_memory=limit),
+    "extremes": lambda operator, limit: top_eigenvalues(
+        operator, 2, _generator(), max_matvecs=16, max_memory=limit, tolerance=0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("estimate", list(ESTIMATES))
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_estimates_keep_to_their_bytes_or_refuse(name: str, estimate: str) -> None:
+    make, run = OPERATORS[name], ESTIMATES[estimate]
+    whole = make()
+    vector = max(whole.shape) * whole.dtype.itemsize
+    least = product_bytes(whole, 1) + 45 * vector
+    done = 0
+    for factor in (0.6, 1.0, 3.0):
+        limit = int(factor * least)
+        try:
+            used, _ = _peak(lambda limit=limit: run(make(), limit))
+        except ValueError as problem:
+            if factor >= 1.0 or "allowed" not in str(problem):
+                raise
+            continue
+        done += 1
+        assert used <= limit, f"{used / limit:.2f} of the limit at {factor}"
+    assert done >= 2
+
+
+@pytest.mark.parametrize("name", ["jacobian, deep", "jacobian, convolutions"])
+def test_a_jacobian_in_smaller_blocks_is_the_same(name: str) -> None:
+    J = OPERATORS[name]()
+    assert isinstance(J, Jacobian)
+    V = torch.randn(J.shape[1], 64, generator=_generator())
+    U = torch.randn(J.shape[0], 64, generator=_generator())
+    whole, back = J.matmat(V), J.adjoint().matmat(U)
+    need = product_bytes(J, 64)
+    unbounded = _peak(lambda: OPERATORS[name]().matmat(V))[0]
+    with J.within(need, 64):
+        assert J.chunk < 64
+        used, image = _peak(lambda: J.matmat(V))
+        torch.testing.assert_close(J.adjoint().matmat(U), back, rtol=1e-4, atol=1e-5)
+    assert used <= need < unbounded
+    assert J.chunk == 256
+    torch.testing.assert_close(image, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["jacobian, deep", "closure, small", "sum, small"])
+def test_the_whole_matrix_keeps_to_its_bytes(name: str) -> None:
+    make = {"closure, small": _closure(6, 50), "sum, small": _sum(6, 50)}.get(name) or OPERATORS[name]
+    limit = dense_bytes(make())
+    used, _ = _peak(lambda: exact(make(), max_memory=limit))
+    assert used <= limit
+    with pytest.raises(ValueError, match="no exact spectrum"):
+        exact(make(), max_memory=limit - 1)
+    assert spectrum_within(make(), _generator(), matvecs=10**4, max_memory=limit).method == "exact"
+    assert spectrum_within(make(), _generator(), matvecs=10**4, max_memory=limit - 1).method != "exact"
+
+
+def test_parts_of_a_sum_are_cut_and_give_the_same() -> None:
+    make = _sum(24, 800)
+    whole = make()
+    V = torch.randn(whole.shape[1], 2, generator=_generator())
+    expected = whole.matmat(V)
+    H = make()
+    limit = product_bytes(whole, 2) // 2
+    with H.within(limit, 2):
+        used, image = _peak(lambda: H.matmat(V))
+        assert any("cut into parts" in note for op in H.operators for note in op.notes)  # type: ignore[attr-defined]
+    assert used <= limit
+    torch.testing.assert_close(image, expected, rtol=2e-3, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_a_closure_counts_its_graph() -> None:
+    """What it says it takes is what lives: the graph, and one product."""
+    net, (x, y) = _setting(24, 800)
+    for samples in (100, 800):
+        with Live() as live:
+            H = ClosureHessian(lambda n=samples: F.cross_entropy(net(x[:n]), y[:n]), list(net.parameters()))
+            graph = live.now()
+        with Live() as live:
+            dense_column = H.matmat(torch.ones(H.shape[0], 1))
+        assert dense_column.shape == (H.shape[0], 1)
+        least = graph + live.peak
+        assert least <= product_bytes(H, 1) < 1.3 * least + 4 * H.shape[0] * 4
+
+
+def test_live_counts_what_is_made_and_not_what_was_there() -> None:
+    outside = torch.ones(1000)
+    with Live() as live:
+        view = outside[None]
+        outside.add_(1.0)
+        for _ in range(50):
+            view = torch.ones(100) + view.flatten()[:100]
+        assert live.now() == 400
+    assert 1200 <= live.peak <= 1224
+    assert float(dense(ClosureHessian(lambda: (outside.requires_grad_() ** 2).sum(), [outside.requires_grad_()]))[0, 0])
