@@ -83,7 +83,7 @@ class CurvatureSpectrum(SpectralCallback):
     def measurements(self, has_loss: bool) -> Mapping[str, Measurement]:
         """Return one measurement a matrix."""
         if not has_loss:
-            raise ValueError(f"{type(self).__name__} knows no loss: {_HOW_TO_GIVE_A_LOSS}")
+            raise ValueError(f"{type(self).__name__} knows no loss. {_HOW_TO_GIVE_A_LOSS}")
         return self._measurements
 
 
@@ -123,4 +123,4 @@ class SpectralMonitor(SpectralCallback):
         return {"jacobian": self._measurements["jacobian"]}
 
 
-_HOW_TO_GIVE_A_LOSS = "pass loss=lambda output, target: ..., or keep the loss as loss_fn or criterion of the module."
+_HOW_TO_GIVE_A_LOSS = "Pass loss=lambda output, target: ..., or keep the loss as loss_fn or criterion of the module."

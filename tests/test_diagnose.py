@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch_rmt.diagnose import diagnose, jacobian_report, measure
 from torch_rmt.init import critical_init_
 from torch_rmt.learning_rate import suggest_lr
-from torch_rmt.operators import GaussNewton, Hessian
+from torch_rmt.operators import Fisher, GaussNewton, Hessian
 
 
 def mlp(depth: int = 5, width: int = 16) -> nn.Sequential:
@@ -164,6 +164,46 @@ def test_findings_print_their_words() -> None:
     assert str(made) == made.verdict
     advice = suggest_lr(net, (X, Y), functional.cross_entropy)
     assert str(advice) == advice.advice
+
+
+class TwoHeads(nn.Module):
+    """Returns a tuple, as a variational autoencoder does, or the two joined."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.left, self.right = nn.Linear(16, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.joined = joined
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = torch.tanh(self.body(x))
+        out = self.left(h), self.right(h)
+        return torch.cat(out, -1) if self.joined else out
+
+
+def test_a_model_that_returns_a_tuple() -> None:
+    def of_pair(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return functional.cross_entropy(output[0], target) + 0.1 * output[1].square().sum(-1).mean()
+
+    def of_joined(output: Tensor, target: Tensor) -> Tensor:
+        return of_pair((output[:, :3], output[:, 3:]), target)
+
+    pair, joined = TwoHeads(False), TwoHeads(True)
+    found = diagnose(pair, (X, Y), of_pair, what=("jacobian", "freeness", "hessian", "fisher"))
+    reference = diagnose(joined, (X, Y), of_joined, what=("hessian",))["hessian"]
+    for key in ("mean", "largest_eigenvalue"):
+        assert found["hessian"].scalars()[key] == pytest.approx(reference.scalars()[key], rel=1e-3)
+    assert "more than one tensor" in found["hessian"].verdict
+    empirical = measure(Fisher(joined, of_joined, (X, Y), kind="empirical"))
+    assert found["fisher"].scalars()["mean"] == pytest.approx(empirical.moment(1)[0], rel=1e-4)
+    assert "empirical Fisher" in found["fisher"].verdict
+    for name in ("jacobian", "freeness"):
+        assert found[name].prediction is not None, found[name].verdict
+        assert "the Jacobian of 'left' by the input" in found[name].verdict
+    rate, other = suggest_lr(pair, (X, Y), of_pair), suggest_lr(joined, (X, Y), of_joined)
+    assert rate.gauss_newton is None
+    assert rate.max_lr == pytest.approx(2 / other.hessian.value, rel=2e-2)
+    assert all(math.isfinite(value) for value in rate.scalars().values())
 
 
 def test_one_singular_value_agrees_with_nothing() -> None:

@@ -37,7 +37,7 @@ class LearningRateReport:
     """Bounds on the learning rate of plain gradient descent on this batch.
 
     Fields:
-        hessian, gauss_newton: largest eigenvalues.
+        hessian, gauss_newton: largest eigenvalues; of the second None where the model returns more than a tensor.
         max_lr: 2 / (largest of the two), beyond which a quadratic model of the loss diverges.
         low, high: max_lr over the error of the eigenvalue.
         suggested: half of `low`, at which the stiffest direction contracts fastest.
@@ -45,7 +45,7 @@ class LearningRateReport:
     """
 
     hessian: TopEigenvalue
-    gauss_newton: TopEigenvalue
+    gauss_newton: TopEigenvalue | None
     max_lr: float
     low: float
     high: float
@@ -61,7 +61,7 @@ class LearningRateReport:
             "max_lr": self.max_lr,
             "suggested_lr": self.suggested,
             "hessian/largest": self.hessian.value,
-            "gauss_newton/largest": self.gauss_newton.value,
+            "gauss_newton/largest": math.nan if self.gauss_newton is None else self.gauss_newton.value,
         }
         return {key: value for key, value in out.items() if math.isfinite(value)}
 
@@ -84,7 +84,7 @@ def suggest_lr(
 
     Raises:
         ValueError: the loss is not finite, the batch is empty, nothing requires a gradient.
-        TypeError: the batch is no pair, the model returns no tensor.
+        TypeError: the batch is no pair.
 
     Source: LeCun et al. 1993; Karakida, Akaho and Amari 2019, section 4.
 
@@ -95,8 +95,14 @@ def suggest_lr(
     0.5
     """
     hessian = largest_eigenvalue(Hessian(model, loss, batch), seed)
-    gauss_newton = largest_eigenvalue(GaussNewton(model, loss, batch), seed)
-    top = max(hessian, gauss_newton, key=lambda e: e.value)
+    gauss_newton = None
+    try:
+        gauss_newton = largest_eigenvalue(GaussNewton(model, loss, batch), seed)
+    except TypeError as error:
+        if "not a tensor" not in str(error):
+            raise
+    measured = [hessian] if gauss_newton is None else [hessian, gauss_newton]
+    top = max(measured, key=lambda e: e.value)
     if top.value <= top.error:
         return LearningRateReport(
             hessian, gauss_newton, math.inf, math.inf, math.inf, math.inf,
@@ -109,13 +115,13 @@ def suggest_lr(
         f"{high:.3g}); start near {low / 2:.3g}. With momentum m the bound is (1 + m) times as large. For "
         "Adam it does not hold: its steps are rescaled."
     )
-    if gauss_newton.value > 0 and hessian.value > 2 * gauss_newton.value:
+    if gauss_newton is not None and gauss_newton.value > 0 and hessian.value > 2 * gauss_newton.value:
         advice += (
             f" The Hessian's top eigenvalue is {hessian.value / gauss_newton.value:.2g} times that of the "
             "Gauss-Newton matrix: curvature comes from the network bending, not from the fit; it falls as "
             "the error falls."
         )
-    if not (hessian.converged and gauss_newton.converged):
+    if not all(one.converged for one in measured):
         advice += " The eigenvalue is not converged to 1 %: the interval says how far."
     return LearningRateReport(hessian, gauss_newton, 2 / top.value, low, high, low / 2, advice)
 

@@ -12,11 +12,12 @@ from tests.sinks.drawn_reports import (
     wide_gaussian,
     without_a_law,
 )
-from torch_rmt.compare import Report
+from torch_rmt.compare import Report, compare
 from torch_rmt.compare.distances import numerical_zero
-from torch_rmt.measures import Semicircle
+from torch_rmt.measures import FussCatalan, Semicircle
 from torch_rmt.sinks.drawing import Axis, draw
 from torch_rmt.spectra import Spectrum
+from torch_rmt.theory import Prediction
 
 
 @pytest.mark.parametrize("report", all_reports(), ids=lambda r: r.name)
@@ -46,6 +47,31 @@ def test_area_under_the_curve_is_the_mass_of_the_continuous_part(report: Report,
         # A logarithmic axis ends where eigenvalues cannot be measured any more.
         mass -= float(report.prediction.measure.cdf(numerical_zero(report.spectrum)))
     assert area == pytest.approx(mass, abs=slack)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_decades_are_drawn_where_nothing_lies(seed: int) -> None:
+    """A law that thins out towards zero: all eigenvalues measured lie above 1e-3 of the largest."""
+    law = FussCatalan(2.0)
+    levels = np.random.default_rng(seed).uniform(0.1, 1.0, 40)
+    report = compare(exact_spectrum(law.quantile(np.sort(levels)), symmetric=False), Prediction(law))
+    drawing = draw(report)
+    assert drawing.axis.scale == "log"
+    start = float(drawing.axis.value(np.array([np.nanmin(drawing.curve_x)]))[0])
+    assert law.cdf([start])[0] < 5e-3
+    assert law.cdf([start])[0] > 1e-4, "the empty tail is cut"
+    assert np.trapezoid(drawing.curve_y, drawing.curve_x) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_no_room_is_left_for_negative_eigenvalues_where_there_are_none() -> None:
+    values = np.concatenate([np.zeros(300), np.geomspace(1e-3, 10.0, 60)])
+    drawing = draw(compare(exact_spectrum(values, symmetric=True), None))
+    assert drawing.axis.scale == "symlog"
+    first, second = drawing.edges[:2]
+    assert first == pytest.approx(-second), "zero is the middle of the first bar"
+    assert (drawing.heights * np.diff(drawing.edges))[0] == pytest.approx(300 / 360)
+    both = draw(compare(exact_spectrum(np.append(-1.0, values), symmetric=True), None))
+    assert both.low == -both.high
 
 
 @pytest.mark.parametrize("seed", [0, 1])

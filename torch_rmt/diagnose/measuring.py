@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_rmt.describe import ForwardGraph, ends_of, record
 from torch_rmt.diagnose.batch_statistics import with_batch_statistics
-from torch_rmt.operators import Curvature, LinearOperator
+from torch_rmt.operators import Curvature, Jacobian, LinearOperator
 from torch_rmt.spectra import Spectrum, affordable_spectrum, exact, spectrum_within
 
 _DENSE = 512  # up to this size a dense decomposition costs less than an estimate
@@ -65,7 +65,19 @@ def one_sample(model: nn.Module, inputs: Any, source: str | None, target: str | 
     graph = record(model, sample, keep=True)
     if source is None and target is None:
         source, target = ends_of(graph)
+        if target is None:
+            target = _of_several(model, sample, graph)
     return OneSample(model, sample, graph, source, target)
+
+
+def _of_several(model: nn.Module, sample: Any, graph: ForwardGraph) -> str | None:
+    """The module that made the first of several outputs; None where the output is one, or made by no module."""
+    try:
+        Jacobian(model, sample)
+    except TypeError:
+        made = [name for name, numbers in graph.module_outputs.items() if name and numbers == [graph.output]]
+        return max(made, key=lambda name: name.count("."), default=None)
+    return None
 
 
 def first_sample(inputs: Any) -> Any:

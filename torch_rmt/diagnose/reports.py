@@ -17,6 +17,8 @@ from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
 from torch_rmt.theory import Layer, Residual, jacobian_spectrum
 
+_ONE_TENSOR = "not a tensor"  # as operators refuse a model that returns a tuple or a dict of several
+
 
 def jacobian_report(
     model: nn.Module,
@@ -72,11 +74,20 @@ def hessian_report(
 ) -> Report:
     """Compare the Hessian with the free sum of its two measured parts, H = Gauss-Newton + residual.
 
-    Where the free sum cannot be computed the report is without a law and says so. Fact "largest_eigenvalue"
+    Where the free sum cannot be computed, or the model returns more than a tensor so that there is no Gauss-Newton
+    matrix, the report is without a law and says so. Fact "largest_eigenvalue"
     is converged, unlike the ends of the estimated spectrum; "gauss_newton/largest" and "residual/largest" are the
     largest sizes that the estimates of the parts found.
     """
-    hessian, gauss_newton = Hessian(model, loss, batch), GaussNewton(model, loss, batch)
+    hessian = Hessian(model, loss, batch)
+    try:
+        gauss_newton = GaussNewton(model, loss, batch)
+    except TypeError as error:
+        if _ONE_TENSOR not in str(error):
+            raise
+        reason = "the model returns more than one tensor, so there is no Gauss-Newton part"
+        report = compare(measure(hessian, seed), None, name=name, facts=_top(hessian, seed), reason=reason)
+        return replace(report, verdict=report.verdict + _top_in_words(report.facts))
     residual = hessian - gauss_newton
     parts = [measure(gauss_newton, seed + 1), measure(residual, seed + 2)]
     whole, facts = measure(hessian, seed), _top(hessian, seed)
@@ -110,11 +121,13 @@ def curvature_report(
         operator = (GaussNewton if name == "gauss_newton" else Fisher)(model, loss, batch)
         spectrum = measure(operator, seed)
     except TypeError as error:
-        if name != "fisher" or "not recognised" not in str(error):
+        unknown, several = "not recognised" in str(error), _ONE_TENSOR in str(error)
+        if name != "fisher" or not (unknown or several):
             raise
         operator = Fisher(model, loss, batch, kind="empirical")
         spectrum = measure(operator, seed)
-        reason = "the loss is no likelihood that we know, so this is the empirical Fisher matrix"
+        why = "the loss is no likelihood that we know" if unknown else "the model returns more than one tensor"
+        reason = f"{why}, so this is the empirical Fisher matrix"
         note = f"{reason[0].upper()}{reason[1:]}."
     facts = _top(operator, seed)
     try:
@@ -126,10 +139,13 @@ def curvature_report(
 
 def _top_in_words(facts: Mapping[str, float]) -> str:
     """Where the largest eigenvalue of a Hessian comes from, and what it means for the learning rate."""
-    text = (
-        f" Largest eigenvalue {facts['largest_eigenvalue']:.3g}; {facts['gauss_newton/largest']:.3g} in the "
-        f"Gauss-Newton part, {facts['residual/largest']:.3g} in size in the residual part."
-    )
+    text = f" Largest eigenvalue {facts['largest_eigenvalue']:.3g}"
+    if "residual/largest" in facts:
+        text += (
+            f"; {facts['gauss_newton/largest']:.3g} in the Gauss-Newton part, {facts['residual/largest']:.3g} in size "
+            "in the residual part"
+        )
+    text += "."
     if "max_lr" in facts:
         text += f" Plain gradient descent is stable below a learning rate of {facts['max_lr']:.3g}."
     return text

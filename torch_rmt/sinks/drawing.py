@@ -146,17 +146,21 @@ def draw(report: Report, *, bins: int | None = None) -> Drawing:
     binned = law is not None and len(law.support()) + len(atoms) > _PIECES
     if law is not None and not binned:
         curve_x, curve_y = _curve(law, axis, rounding)
+        if axis.scale == "log" and places.size:
+            curve_x, curve_y = _without_tail(curve_x, curve_y, float(places.min()))
     atoms = () if binned else tuple((float(axis.place(np.array([place]))[0]), mass) for place, mass in atoms)
 
     ends = np.concatenate([places, curve_x[curve_y > 0], np.array([u for u, _ in atoms])])
     low, high = (float(ends.min()), float(ends.max())) if ends.size else (-1.0, 1.0)
     margin = 0.04 * (high - low) or 0.5
     low, high = low - margin, high + margin
+    if bins is None:
+        bins = int(np.clip(2 * math.sqrt(places.size), 12, 60)) | 1
     if axis.scale == "symlog":
         # Zero in the middle of a bar: what is zero to rounding on either side belongs together.
         low, high = -max(-low, high), max(-low, high)
-    if bins is None:
-        bins = int(np.clip(2 * math.sqrt(places.size), 12, 60)) | 1
+        if ends.size and ends.min() >= -high / (2 * bins - 1):  # no eigenvalue is negative: no room for any
+            low = -high / (2 * bins - 1)
     heights, edges = np.histogram(places, bins=bins, range=(low, high), weights=weights[shown])
     heights = heights / np.diff(edges)
     if law is not None and binned:
@@ -177,6 +181,19 @@ def draw(report: Report, *, bins: int | None = None) -> Drawing:
         logarithmic=bool(filled.size and filled.min() < 1e-3 * filled.max()),
         notes=tuple(notes),
     )
+
+
+def _without_tail(
+    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], smallest: float
+) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """Cut the curve where less than a thousandth of the law lies further down and no eigenvalue was measured.
+
+    The law of a deep ReLU network thins out over all decades down to zero, and would push the bars to the edge.
+    """
+    mass = np.nan_to_num(0.5 * (y[1:] + y[:-1]) * np.diff(x))
+    below = np.append(0.0, np.cumsum(mass))
+    keep = np.isnan(x) | (x >= smallest) | (below > 1e-3 * below[-1])
+    return x[keep], y[keep]
 
 
 def _steps(
