@@ -13,6 +13,7 @@ import pytest
 from tests.sinks.drawn_reports import all_reports, product_of_gaussians, semicircle_with_outlier
 from torch_rmt.compare import Report
 from torch_rmt.sinks import JsonLinesSink, Sink, TensorBoardSink, figure, write_html
+from torch_rmt.sinks.tensorboard import rgb
 
 
 def test_json_lines_are_strict_and_whole(tmp_path: Path) -> None:
@@ -59,8 +60,26 @@ def test_tensorboard_gets_scalars_histogram_and_figure(report: Report, tmp_path:
     value = histogram.histogram_value
     assert value.num == pytest.approx(weights.sum() * report.spectrum.dim)
     assert sum(value.bucket) == pytest.approx(value.num)
+    used = report.spectrum.weights > 0
+    nodes, counts = report.spectrum.nodes[used].astype(float), report.spectrum.weights[used] * report.spectrum.dim
+    counts = counts / report.spectrum.weights.shape[0]
+    if not report.spectrum.symmetric:
+        nodes, counts = np.log10(nodes[nodes > 0]), counts[nodes > 0]
+    assert (value.min, value.max) == (pytest.approx(nodes.min()), pytest.approx(nodes.max()))
+    assert value.sum == pytest.approx(counts @ nodes)
+    assert value.sum_squares == pytest.approx(counts @ nodes**2)
+    for limit, below in zip(value.bucket_limit, np.cumsum(value.bucket), strict=True):
+        assert below == pytest.approx(counts[nodes <= limit].sum(), rel=1e-6)
     ((image,),) = events["images"].values()
     assert (image.step, image.encoded_image_string[:4]) == (7, b"\x89PNG")
+
+
+def test_pictures_keep_their_colours() -> None:
+    from matplotlib.figure import Figure
+
+    image = rgb(Figure(figsize=(1, 1), facecolor=(1.0, 0.5, 0.0)))
+    assert image.dtype == np.uint8
+    assert image[0, 0].tolist() == [255, 128, 0]
 
 
 def test_tensorboard_refuses_what_it_cannot_write_to() -> None:
