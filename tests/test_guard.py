@@ -12,6 +12,11 @@ from torch import nn
 
 from torch_rmt.guard import undisturbed
 
+KERNELS = (  # of attention; the last alone can be differentiated twice
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
+)
 CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 
 
@@ -56,6 +61,7 @@ def _state(net: nn.Module) -> list[Any]:
         [getattr(torch.backends.cudnn, flag) for flag in CUDNN_FLAGS],
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
+        [kernel() for kernel in KERNELS],
         random.getstate(),
         np.random.get_state()[1].tolist(),  # noqa: NPY002
     ]
@@ -78,6 +84,7 @@ def test_everything_is_put_back(fails: bool) -> None:
                 assert torch.is_grad_enabled()
                 assert all(p.grad is None for p in net.parameters())
                 assert not torch.is_autocast_enabled("cpu")
+                assert [kernel() for kernel in KERNELS] == [False, False, True]
                 with torch.no_grad():
                     _wreck(net)
                 if fails:
@@ -126,6 +133,10 @@ def test_compiled_modules_are_measured_eagerly() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
     compiled = torch.compile(net, backend="eager")
+    inner = nn.Sequential(torch.compile(net[:2], backend=lambda *_: pytest.fail("was compiled")), net[2])
+    torch.testing.assert_close(
+        dense(Hessian(inner, nn.functional.mse_loss, (x, y))), dense(Hessian(net, nn.functional.mse_loss, (x, y)))
+    )
     torch.testing.assert_close(
         dense(Hessian(compiled, nn.functional.mse_loss, (x, y))),
         dense(Hessian(net, nn.functional.mse_loss, (x, y))),
