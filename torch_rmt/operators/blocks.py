@@ -189,15 +189,19 @@ class _Restricted(_Part):
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns of the block times v."""
         rows = V.new_zeros(self.whole.shape[0], V.shape[1])
-        places = _positions(self.whole, self.index)
-        rows[places] = V
-        return self.whole.matmat(rows)[places]
+        places = _places(self.whole, self.index)
+        for place, piece in zip(places, torch.split(V, self.sizes), strict=True):
+            rows[place] = piece
+        return _at(self.whole.matmat(rows), places)
 
 
-def _positions(operator: Curvature, index: list[int]) -> Tensor:
+def _places(operator: Curvature, index: list[int]) -> list[slice]:
     starts = [sum(operator.pure.sizes[:i]) for i in index]
-    ranges = [torch.arange(s, s + operator.pure.sizes[i]) for s, i in zip(starts, index, strict=True)]
-    return torch.cat(ranges).to(operator.device)
+    return [slice(s, s + operator.pure.sizes[i]) for s, i in zip(starts, index, strict=True)]
+
+
+def _at(rows: Tensor, places: list[slice]) -> Tensor:
+    return torch.cat([rows[place] for place in places])
 
 
 def _agrees(operator: Curvature, graphs: _SharedGraphs, groups: list[list[int]]) -> bool:
@@ -211,5 +215,5 @@ def _agrees(operator: Curvature, graphs: _SharedGraphs, groups: list[list[int]])
     double = operator.dtype == torch.float64
     tolerance, rounding = (1e-8, 1e-13) if double else (2e-3, 1e-5)
     slack = rounding * float(expected.norm())  # a group whose part is next to nothing is all rounding
-    parts = [_positions(operator, index) for index in groups]
-    return all(float(gap[p].norm()) <= tolerance * float(expected[p].norm()) + slack for p in parts)
+    parts = [_places(operator, index) for index in groups]
+    return all(float(_at(gap, p).norm()) <= tolerance * float(_at(expected, p).norm()) + slack for p in parts)

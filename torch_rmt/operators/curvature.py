@@ -276,7 +276,8 @@ class Curvature(SymmetricOfModel):
     def _loss_of(self, batch: Batch) -> Differentiable:
         """Loss of one batch by the parameters."""
         return Differentiable(
-            lambda *params: checked_loss(self.loss(self.pure.raw(params, batch.inputs), batch.targets)),
+            # Found to be a finite scalar at construction; to ask again would hold the device up in every product.
+            lambda *params: self.loss(self.pure.raw(params, batch.inputs), batch.targets).reshape(()),
             self.pure.params,
             self.pure.guarded,
             self.pure.within,

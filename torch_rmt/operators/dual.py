@@ -155,8 +155,10 @@ def _by_modules(
         for name in group:
             module, names = modules[name]
             entered, left = caught.pop(name), gradients.pop(name)
-            # A module whose weight is used without a call has entered nothing.
-            gram = module_gram(module, entered, left, set(names), room.work) if entered else None
+            # A module whose weight is used without a call has entered nothing; one that all samples share (an embedding
+            # of positions) has no gradient for each.
+            own = all(g.shape[1] == factors.shape[1] for g in left)
+            gram = module_gram(module, entered, left, set(names), room.work) if entered and own else None
             if gram is None:
                 rest += list(names.values())
             elif together and layers:

@@ -70,7 +70,8 @@ def dual_counts(operator: GaussNewton | NeuralTangentKernel) -> DualCounts:
     gradients = {name: 0 for name, _, _ in sizes}
     rest += [name for name in modules if name not in gradients]
     for name, entered, left in sizes:
-        here = module_multiplications(modules[name][0], entered, left, columns)
+        own = left[:1] == output.shape[:1]  # else all samples share it, as an embedding of positions
+        here = module_multiplications(modules[name][0], entered, left, columns) if own else None
         rest += ["unknown"] * (here is None)
         total += here or 0
         gradients[name] += item * (entered.numel() + columns * left.numel())

@@ -76,7 +76,7 @@ def climb(
     Raises:
         EngineError: no engine runs, or no two agree; with what each of them said.
     """
-    key = (key, kept)
+    key = (key, kept, f.point[0].device.type)
     known = _proved.setdefault(module, {}).get(key)
     if known is not None:
         try:

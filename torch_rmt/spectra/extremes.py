@@ -284,7 +284,9 @@ def _checked(
     images = operator.matmat(vectors).detach()
     require_finite(images, operator)
     quotients = column_dots(vectors, images)
-    left = torch.cat([column_norms(images[:, [j]].double() - vectors[:, [j]] * q) for j, q in enumerate(quotients)])
+    left = torch.cat(
+        [column_norms(images[:, j : j + 1].double() - vectors[:, j : j + 1] * q) for j, q in enumerate(quotients)]
+    )
     values, residuals = torch.stack([quotients, left]).cpu().numpy()
     scale = float(search.scale)
     slack = search.slack(values / scale, tolerance) * scale
