@@ -133,11 +133,13 @@ class _Recorder(TorchFunctionMode):
     def number(self, t: Tensor, *, data: bool = False, fresh: bool = False) -> int:
         """The number of a tensor; a new one if it is new, or was changed in place since it was last seen."""
         key = id(t)
-        if fresh or key not in self.numbers or self.versions[key] != t._version:
+        with torch._C.DisableTorchFunction():  # from a hook, reading these is a call that would come back here
+            version, shape = t._version, t.shape
+        if fresh or key not in self.numbers or self.versions[key] != version:
             self.numbers[key] = n = len(self.graph.tensors)
             self.graph.tensors[n] = t
-            self.versions[key] = t._version
-            self.graph.shapes[n] = t.shape
+            self.versions[key] = version
+            self.graph.shapes[n] = shape
             if data:
                 self.graph.data.add(n)
         return self.numbers[key]

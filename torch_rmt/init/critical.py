@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,24 +71,14 @@ class InitReport:
         """In words: what the gradients did before and do now, and what was left alone."""
         was, now = gradient_ratio(self.before), gradient_ratio(self.after)
         text = (
-            f"{len(self.layers)} layers drawn ({self.ensemble}). Gradient norm first/last layer: {was:.3g} "
+            f"{_counted(len(self.layers), 'layer')} drawn ({self.ensemble}). Gradient norm first/last layer: {was:.3g} "
             f"before (chi {self.chi_before:.4g} a layer), {now:.3g} now (chi {self.chi_after:.4g})."
         )
         if self.branches:
-            text += (
-                f" {len(self.branches)} residual branches scaled: each adds one part in the number of blocks to the "
-                "mean square of the signal."
-            )
+            scaled = _counted(len(self.branches), "residual branch", "residual branches")
+            text += f" {scaled} scaled: each adds one part in the number of blocks to the mean square of the signal."
         if self.left_alone:
-            names: dict[str, list[str]] = {}
-            for line in self.left_alone:
-                name, _, reason = line.partition(": ")
-                names.setdefault(reason, []).append(name)
-            grouped = (
-                f"{', '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}: {reason}"
-                for reason, some in names.items()
-            )
-            text += f" Left alone: {'; '.join(grouped)}."
+            text += f" Left alone: {_by_reason(self.left_alone)}."
         return text
 
     def __str__(self) -> str:
@@ -185,9 +175,12 @@ def critical_init_(
     before = signals(model, example_input)
     graph = record(model, example_input)
     settings, left = make_plan(model, graph, sigma_b=sigma_b, q_star=q_star)
-    unset = "; ".join(f"{name}: {reason}" for name, reason in left.items())
     if not settings:
-        raise ValueError(f"no weight could be set ({unset})")
+        reasons = _by_reason([f"{name}: {reason}" for name, reason in left.items()])
+        raise ValueError(
+            f"no weight could be set ({reasons}). The model is as it was: keep the initialisation that it has; norms "
+            "set the scale themselves"
+        )
     for setting in settings:
         if setting.sigma_w is None and not 0 < graph.mean_square.get(setting.link.use.input, 1.0) < math.inf:
             raise ValueError(
@@ -211,6 +204,22 @@ def critical_init_(
         ensemble=ensemble,
         branches=tuple(s.link.use.name for s in settings if s.entry is not None and s.q < 1),
     )
+
+
+def _by_reason(left_alone: Sequence[str]) -> str:
+    """Lines `name: reason`, those of one reason together, three names of each."""
+    names: dict[str, list[str]] = {}
+    for line in left_alone:
+        name, _, reason = line.partition(": ")
+        names.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{', '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}: {reason}"
+        for reason, some in names.items()
+    )
+
+
+def _counted(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
