@@ -130,7 +130,8 @@ def _settle(geometry: Geometry, zeta: np.ndarray, w: np.ndarray) -> tuple[np.nda
         )
         & axis
     )
-    if np.ndim(c) == 0:  # an interior fixed point attracts; a repelling one is a real one, blurred
+    # an interior fixed point attracts; a repelling one is a real one, blurred (powers of products are no such maps)
+    if np.ndim(c) == 0 and (np.all(geometry.counts == 1.0) or not isinstance(geometry, LogGeometry)):
         inside &= ~np.any(np.abs(map_slopes(geometry, dh)) > 1.0 + _REPELLING, axis=0)
     accepted = good & inside
     rest = np.flatnonzero(axis & ~inside)
