@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.spectra.probes import column_dots, require_finite, require_size, sphere, squared_lengths
+from torch_rmt.spectra.probes import column_dots, column_gram, require_finite, require_size, sphere, squared_lengths
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,11 @@ def trace(operator: LinearOperator, generator: torch.Generator, *, matvecs: int 
     if matvecs < 6:
         raise ValueError(f"a trace needs at least 6 products to have an error bar, got {matvecs}")
     third = min(matvecs // 3, dim)
-    first = _draw(operator, third, generator)
-    images = _product(operator, first)
-    if _left_over_share(images) < 1.0 / 3.0:
-        return _deflated(operator, generator, images, matvecs - 2 * third, spent=third)
-    rest = _draw(operator, matvecs - third, generator)
-    both = ((first, images), (rest, _product(operator, rest)))
-    value, error = _sphere_mean(both, dim, symmetric=operator.symmetric)
+    first = _probed(operator, _draw(operator, third, generator))
+    if first.left_over_share() < 1.0 / 3.0:
+        return _deflated(operator, generator, first.images, matvecs - 2 * third, spent=third)
+    rest = _probed(operator, _draw(operator, matvecs - third, generator))
+    value, error = _sphere_mean((first, rest), dim, symmetric=operator.symmetric)
     return Estimate(value, error, matvecs, "hutchinson")
 
 
@@ -73,8 +71,8 @@ def hutchinson(operator: LinearOperator, generator: torch.Generator, *, probes: 
     the lengths |A v|, which the products give for nothing.
     """
     dim = _require_square(operator)
-    vectors = _draw(operator, probes, generator)
-    value, error = _sphere_mean(((vectors, _product(operator, vectors)),), dim, symmetric=operator.symmetric)
+    probed = _probed(operator, _draw(operator, probes, generator))
+    value, error = _sphere_mean((probed,), dim, symmetric=operator.symmetric)
     return Estimate(value, error, probes, "hutchinson")
 
 
@@ -206,7 +204,7 @@ def mixed_moment(word: Sequence[LinearOperator], generator: torch.Generator, *, 
     images = vectors
     for operator in reversed(word):
         images = _product(operator, images)
-    value, error = _sphere_mean(((vectors, images),), dim, symmetric=False)
+    value, error = _sphere_mean((_Probed.of(vectors, images),), dim, symmetric=False)
     return Estimate(value / dim, error / dim, probes * len(word), "mixed moment")
 
 
@@ -230,31 +228,46 @@ def _deflated(
     vectors = vectors / vectors.norm(dim=0)
     products = _product(operator, vectors)
     products = products - q @ (q.T @ products)
-    rest, error = _sphere_mean(((vectors, products),), dim - rank, symmetric=operator.symmetric)
+    rest, error = _sphere_mean((_Probed.of(vectors, products),), dim - rank, symmetric=operator.symmetric)
     return Estimate(_host(inner)[0] + rest, error, spent + rank + probes, "hutch++")
 
 
-def _sphere_mean(
-    blocks: Sequence[tuple[Float[Tensor, "dim _"], Float[Tensor, "dim _"]]], freedom: int, *, symmetric: bool
-) -> tuple[float, float]:
-    """Trace and standard error from blocks (v, A v) of columns v uniform on a unit sphere of `freedom` dimensions.
+@dataclass(frozen=True)
+class _Probed:
+    """Columns v, A v and |A v|^2; `tame` as in `column_dots`."""
+
+    vectors: Float[Tensor, "dim k"]
+    images: Float[Tensor, "rows k"]
+    squared: Float64[Tensor, " k"]
+    tame: bool
+
+    @classmethod
+    def of(cls, vectors: Float[Tensor, "dim k"], images: Float[Tensor, "rows k"]) -> _Probed:
+        return cls(vectors, images, *squared_lengths(images))
+
+    def left_over_share(self) -> float:
+        """Mean over i of the share of |A v_i|^2 outside the span of the other columns."""
+        lengths = self.squared.sqrt().clamp_min(1e-150)
+        gram = column_gram(self.images, tame=self.tame) / lengths / lengths[:, None]
+        # 1 / (inverse Gram)_ii is the squared distance of column i from the span of the others.
+        ridge = torch.finfo(self.images.dtype).eps * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        distance = 1.0 / torch.linalg.inv(gram + ridge).diagonal()
+        return _host((self.squared * distance).sum() / self.squared.sum().clamp_min(1e-300))[0]
+
+
+def _sphere_mean(blocks: Sequence[_Probed], freedom: int, *, symmetric: bool) -> tuple[float, float]:
+    """Trace and standard error from columns v uniform on a unit sphere of `freedom` dimensions.
 
     Only the symmetric part of A matters: |A + A^T|_F^2 / 4 = (|A|_F^2 + tr A^2) / 2, and for A that is not
     symmetric tr A^2 comes from pairs of probes, E (v^T A u) (u^T A v) = tr A^2 / dim^2.
     """
-    lengths = [squared_lengths(products) for _, products in blocks]
-    squared = torch.cat([square for square, _ in lengths])
-    quadratic = torch.cat(
-        [
-            column_dots(vectors, products, tame=tame)
-            for (vectors, products), (_, tame) in zip(blocks, lengths, strict=True)
-        ]
-    )
+    squared = torch.cat([block.squared for block in blocks])
+    quadratic = torch.cat([column_dots(block.vectors, block.images, tame=block.tame) for block in blocks])
     count = len(quadratic)
     mean, second = quadratic.mean(), squared.mean()
     if not symmetric and count > 1:
-        vectors, products = (torch.cat(part, dim=1).double() for part in zip(*blocks, strict=True))
-        forms = vectors.T @ products
+        vectors = torch.cat([block.vectors for block in blocks], dim=1).double()
+        forms = vectors.T @ torch.cat([block.images for block in blocks], dim=1).double()
         pairs = ((forms * forms.T).sum() - quadratic.square().sum()) / (count * (count - 1))
         second = 0.5 * (second + (freedom * pairs).clamp(-second, second))
     spread = (second - mean**2).clamp_min(0.0)
@@ -267,18 +280,6 @@ def _sphere_mean(
         variance = variance * (1.0 + 2.0 / (2.0 / noise.clamp_min(1e-12) - 2.0).clamp_min(1.0))
     value, error = _host(freedom * mean, variance.sqrt())
     return value, error
-
-
-def _left_over_share(images: Float[Tensor, "dim k"]) -> float:
-    """Mean over i of the share of |y_i|^2 outside the span of the other columns of Y."""
-    lengths = images.norm(dim=0)
-    scaled = (images / lengths.clamp_min(torch.finfo(images.dtype).tiny)).double()
-    gram = scaled.T @ scaled
-    # 1 / (inverse Gram)_ii is the squared distance of column i from the span of the others.
-    ridge = torch.finfo(images.dtype).eps * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    distance = 1.0 / torch.linalg.inv(gram + ridge).diagonal()
-    weight = lengths.double().square()
-    return _host((weight * distance).sum() / weight.sum().clamp_min(1e-300))[0]
 
 
 def _student(freedom: int) -> float:
@@ -294,6 +295,12 @@ def _require_square(operator: LinearOperator) -> int:
 
 def _draw(operator: LinearOperator, count: int, generator: torch.Generator) -> Float[Tensor, "dim count"]:
     return sphere(operator.shape[1], count, generator, device=operator.device, dtype=operator.dtype)
+
+
+def _probed(operator: LinearOperator, vectors: Float[Tensor, "dim k"]) -> _Probed:
+    probed = _Probed.of(vectors, operator.matmat(vectors).detach())
+    require_finite(probed.squared, operator)
+    return probed
 
 
 def _product(operator: LinearOperator, vectors: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
