@@ -61,3 +61,15 @@ def test_the_covariance_of_a_summed_loss_is_refused() -> None:
     net, x, y = _setting(0)
     with pytest.raises(ValueError, match="reduction='mean'"):
         GradientCovariance(net, LOSSES["sum"], (x, y))
+
+
+def test_a_perfect_fit_is_no_sum() -> None:
+    """Where the loss is zero its halves add up to the whole, whether it sums or averages."""
+    net, x, _ = _setting(0)
+    nn.init.zeros_(net[2].weight), nn.init.zeros_(net[2].bias)
+    y = torch.zeros(11, 3, dtype=torch.float64)
+    batches = [(x[:2], y[:2]), (x[2:5], y[2:5]), (x[5:], y[5:])]
+    G = GaussNewton(net, F.mse_loss, batches)
+    assert float(F.mse_loss(net(x[:2]).detach(), y[:2])) == 0.0
+    torch.testing.assert_close(dense(G), dense(GaussNewton(net, F.mse_loss, (x, y))))
+    torch.testing.assert_close(dense(G), dense(GaussNewton(net, F.mse_loss, (x, y + 1.0))))  # of a linear residual
