@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -272,6 +273,43 @@ def test_a_real_lack_of_memory() -> None:
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "parts" in run.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space limits")
+def test_a_real_lack_of_memory_with_several_batches() -> None:
+    """The allocator itself refuses: graphs are recomputed, batches cut, and the product is that of a free process."""
+    script = """
+        import resource, torch
+        from torch import nn
+        from torch_rmt.operators import GaussNewton, Hessian
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        layers = [m for _ in range(8) for m in (nn.Linear(32, 32), nn.Tanh())]
+        net = nn.Sequential(nn.Linear(4, 32), *layers, nn.Linear(32, 1)).double()
+        x, y = torch.randn(12000, 4).double(), torch.randn(12000, 1).double()
+        sizes = [5000, 4000, 3000]
+        v = torch.randn(sum(p.numel() for p in net.parameters()), 2).double()
+        for kind, rooms in ((Hessian, (1000, 80, 35)), (GaussNewton, (1000, 30))):
+            for room in rooms:
+                H = kind(net, nn.MSELoss(), list(zip(x.split(sizes), y.split(sizes))))
+                size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (size + room * 2**20, -1))
+                image = H.matmat(v)
+                resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+                if room == 1000:
+                    expected = image
+                if room != 80:
+                    assert (room < 80) == any("out of memory" in note for note in H.notes), (kind, room, H.notes)
+                torch.testing.assert_close(image, expected, rtol=1e-9, atol=1e-12)
+                print(kind.__name__, room, H.notes)
+    """
+    # Buffers go back to the system when they are freed, so that each round starts from the same size.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("are recomputed in every product") >= 2, run.stdout
+    assert "batches are cut into parts" in run.stdout, run.stdout
 
 
 def test_a_custom_part_goes_by_products_and_is_counted_so() -> None:

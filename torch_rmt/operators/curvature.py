@@ -193,7 +193,7 @@ class Curvature(SymmetricOfModel):
                 if not is_out_of_memory(problem):
                     raise
                 problem.__traceback__ = None  # its frames hold the graph
-                if not self._gave_up(problem):
+                if not self._gave_up(rows.shape[0]):
                     raise
 
     def _multiply(self, rows: Tensor) -> Tensor:
@@ -233,11 +233,11 @@ class Curvature(SymmetricOfModel):
         """Whether products are played from a tape; known after the first."""
         return self._choice is not None and self._choice.block == "tape"
 
-    def _gave_up(self, problem: BaseException) -> bool:
+    def _gave_up(self, columns: int) -> bool:
         """Fall back to the next smaller plan after running out of memory; False where there is none."""
         vmapped = self._choice is not None and self._choice.block == "vmap"
-        if vmapped and self.chunk > 1:
-            self.chunk //= 2
+        if vmapped and min(self.chunk, columns) > 1:
+            self.chunk = min(self.chunk, columns) // 2
             self._note("out of memory: blocks", f"of {self.chunk} vectors from here on")
         elif self.keep and len(self.batches) > 1:
             self._note("out of memory: graphs", "are recomputed in every product from here on")
