@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.block_lanczos import BlockTridiagonal, block_lanczos, ritz_pairs
 from torch_rmt.spectra.exact import exact
+from torch_rmt.spectra.gram import widened
 from torch_rmt.spectra.positive import clipped
 from torch_rmt.spectra.probes import require_symmetric, sphere
 from torch_rmt.spectra.spectrum import Spectrum
@@ -76,6 +77,7 @@ class BlockSLQ:
 
     def __call__(self, operator: LinearOperator, generator: torch.Generator) -> Spectrum:
         """Measure a symmetric operator; probes come from `generator` alone."""
+        operator = widened(operator)
         dim = require_symmetric(operator, "BlockSLQ")
         if self.probes * self.depth >= dim:
             return exact(operator)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_rmt.guard import full_precision
 from torch_rmt.operators import column_bytes, keeping_to, room_beside
 from torch_rmt.operators.base import LinearOperator
-from torch_rmt.spectra.gram import Gram
+from torch_rmt.spectra.gram import Gram, widened
 from torch_rmt.spectra.probes import column_dots, column_norms, require_finite, require_size, sphere
 
 End = Literal["magnitude", "largest", "smallest", "both"]
@@ -83,6 +83,7 @@ def top_eigenvalues(
     >>> top_eigenvalues(operator, 2, torch.Generator().manual_seed(0)).values.round(3).tolist()
     [-3.0, 2.0]
     """
+    operator = widened(operator)
     target = operator if operator.symmetric else Gram(operator)
     price = 1 if operator.symmetric else 2
     dim = require_size(operator)
@@ -287,7 +288,9 @@ def _checked(
     left = torch.cat(
         [column_norms(images[:, j : j + 1].double() - vectors[:, j : j + 1] * q) for j, q in enumerate(quotients)]
     )
-    values, residuals = torch.stack([quotients, left]).cpu().numpy()
+    pairs = torch.stack([quotients, left])
+    require_finite(pairs, operator)  # squares of finite products may overflow
+    values, residuals = pairs.cpu().numpy()
     scale = float(search.scale)
     slack = search.slack(values / scale, tolerance) * scale
     order = _best(values, len(values), end)

@@ -1,4 +1,4 @@
-"""Operators made of others: `Gram`, A^T A; `Complement`, A with known eigenvectors taken out."""
+"""Operators made of others: `Gram`, A^T A; `Complement`, A without known eigenvectors; `Widened`, half precision."""
 
 from __future__ import annotations
 
@@ -67,3 +67,30 @@ class Complement(Like):
             return self
         adjoint = self.operator.adjoint()
         return Transposed(self, lambda V: self.project(adjoint.matmat(V)))
+
+
+class Widened(Like):
+    """An operator in half precision that takes and gives float32: its products are made in its own type, no more.
+
+    It does not say that it is positive: the rounding of its products may leave eigenvalues below zero.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__(operator)
+        self.symmetric = operator.symmetric
+        self.notes = (f"products in {str(operator.dtype).removeprefix('torch.')}, all else in float32",)
+
+    def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+        """Multiply by the k columns of V, rounded."""
+        return self._like.matmat(V.to(self._like.dtype)).float()
+
+    def adjoint(self) -> LinearOperator:
+        """Return the adjoint, likewise, or itself."""
+        return self if self.symmetric else Widened(self._like.adjoint())
+
+
+def widened(operator: LinearOperator) -> LinearOperator:
+    """Return the operator, or what `Widened` makes of one in half precision."""
+    return Widened(operator) if operator.dtype in (torch.float16, torch.bfloat16) else operator

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
+from torch_rmt.spectra.gram import widened
 from torch_rmt.spectra.lanczos import dots, gauss_rule, lanczos
 from torch_rmt.spectra.probes import require_finite, require_symmetric, sphere
 from torch_rmt.spectra.spectrum import Spectrum
@@ -50,6 +51,7 @@ class KPM:
     @full_precision()
     def __call__(self, operator: LinearOperator, generator: torch.Generator) -> Spectrum:
         """Measure a symmetric operator (wrap any other in `Gram`); probes come from `generator` alone."""
+        operator = widened(operator)
         dim = require_symmetric(operator, "KPM")
         seed = generator.initial_seed()
         low, high, spent = _interval(operator, generator)
@@ -75,7 +77,7 @@ def _interval(operator: LinearOperator, generator: torch.Generator) -> tuple[flo
     nodes, weights = gauss_rule(run)
     values = nodes[weights > 0.0]
     margin = float(run.offdiagonal[0, -1]) + 1e-3 * float(values[-1] - values[0])
-    margin = max(margin, 1e-6 * float(np.abs(values).max()), 1e-30)
+    margin = max(margin, 1e-6 * float(np.abs(values).max()), 10.0 * torch.finfo(operator.dtype).tiny)
     return float(values[0]) - margin, float(values[-1]) + margin, int(run.diagonal.shape[1])
 
 

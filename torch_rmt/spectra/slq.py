@@ -16,7 +16,7 @@ from torch_rmt.spectra.block_slq import BlockSLQ
 from torch_rmt.spectra.exact import exact
 from torch_rmt.spectra.extremes import top_eigenvalues
 from torch_rmt.spectra.golub_kahan import golub_kahan, squared_gauss_rule
-from torch_rmt.spectra.gram import Complement
+from torch_rmt.spectra.gram import Complement, widened
 from torch_rmt.spectra.lanczos import Reorthogonalise, gauss_rule, lanczos
 from torch_rmt.spectra.positive import clipped
 from torch_rmt.spectra.probes import require_size, sphere
@@ -95,6 +95,7 @@ SLQ(probes=13, depth=61, deflate=0, reorthogonalise=None, max_memory=None))
 
     def __call__(self, operator: LinearOperator, generator: torch.Generator) -> Spectrum:
         """Measure the operator; probes come from `generator` alone."""
+        operator = widened(operator)
         columns = require_size(operator)
         seed = generator.initial_seed()
         smaller = operator if operator.shape[1] <= operator.shape[0] else operator.adjoint()
@@ -180,6 +181,7 @@ def spectrum_within(
     >>> spectrum_within(operator, torch.Generator().manual_seed(0), matvecs=40).method
     'exact'
     """
+    operator = widened(operator)
     price = 1 if operator.symmetric else 2
     if matvecs >= min(operator.shape) and (max_memory is None or dense_bytes(operator) <= max_memory):
         return exact(operator, max_memory=max_memory)

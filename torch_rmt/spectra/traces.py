@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_rmt.guard import full_precision
 from torch_rmt.operators.base import LinearOperator
+from torch_rmt.spectra.gram import widened
 from torch_rmt.spectra.probes import column_dots, column_gram, require_finite, require_size, sphere, squared_lengths
 
 
@@ -51,6 +52,7 @@ def trace(operator: LinearOperator, generator: torch.Generator, *, matvecs: int 
     >>> round(estimate.value, 4), estimate.method
     (8.0, 'hutch++')
     """
+    operator = widened(operator)
     dim = _require_square(operator)
     if matvecs < 6:
         raise ValueError(f"a trace needs at least 6 products to have an error bar, got {matvecs}")
@@ -70,6 +72,7 @@ def hutchinson(operator: LinearOperator, generator: torch.Generator, *, probes: 
     Standard error from Var(v^T A v) = 2 / (dim + 2) (|A|_F^2 / dim - (tr A / dim)^2), with |A|_F^2 read from
     the lengths |A v|, which the products give for nothing.
     """
+    operator = widened(operator)
     dim = _require_square(operator)
     probed = _probed(operator, _draw(operator, probes, generator))
     value, error = _sphere_mean((probed,), dim, symmetric=operator.symmetric)
@@ -83,6 +86,7 @@ def hutch_plus_plus(operator: LinearOperator, generator: torch.Generator, *, mat
     A third of the budget each for the sketch A S, for the products with its range Q, for the probes of
     (1 - Q Q^T) A (1 - Q Q^T), which are drawn from the unit sphere of the complement.
     """
+    operator = widened(operator)
     dim = _require_square(operator)
     if matvecs < 6:
         raise ValueError(f"hutch_plus_plus needs at least 6 products, got {matvecs}")
@@ -101,6 +105,7 @@ def xtrace(operator: LinearOperator, generator: torch.Generator, *, matvecs: int
     The geometric mean of the two is used, found by tuning (z of 0.7 to 1.0).
     Raises ValueError if the operator is not square, the budget is below 6 or a product is not finite.
     """
+    operator = widened(operator)
     dim = _require_square(operator)
     if matvecs < 6:
         raise ValueError(f"xtrace needs at least 6 products, got {matvecs}")
