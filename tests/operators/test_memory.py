@@ -227,15 +227,15 @@ def test_an_estimate_that_runs_out_of_memory_is_planned_again(monkeypatch: Any) 
 
 @pytest.mark.parametrize("cls", [Hessian, GaussNewton])
 def test_a_limit_holds_inside_its_context_and_changes_nothing_outside(cls: type[Curvature]) -> None:
-    net, (x, y) = _setting(12, 64)
+    net, (x, y) = _setting(6, 32)
     net, x = net.double(), x.double()
     operator = cls(net, F.cross_entropy, (x, y))
     V = torch.randn(operator.shape[1], 3, generator=_generator(), dtype=torch.float64)
     expected = operator.matmat(V)  # the graph of the whole batch is kept, and serves no part of it
-    quarter = cls(net, F.cross_entropy, (x[:16], y[:16])).footprint().product(1)
+    quarter = cls(net, F.cross_entropy, (x[:8], y[:8])).footprint().product(1)
     before = (operator.max_memory, operator.keep, operator.batches, operator.notes)
     with operator.within(quarter):
-        assert max(b.samples for b in operator.batches) <= 16
+        assert max(b.samples for b in operator.batches) <= 8
         assert not operator.keep
         torch.testing.assert_close(operator.matmat(V), expected)
     after = (operator.max_memory, operator.keep, operator.batches, operator.notes)
