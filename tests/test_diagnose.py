@@ -277,3 +277,30 @@ def test_a_hessian_report_says_where_its_largest_eigenvalue_comes_from() -> None
     )
     assert abs(top - gauss_newton) <= residual * 1.001
     assert f"learning rate of {2 / top:.3g}" in report.verdict
+
+
+@pytest.mark.parametrize("takes_labels", [False, True])
+def test_a_batch_with_labels_is_the_pair_that_it_holds(takes_labels: bool) -> None:
+    """As the data sets of transformers give them, for a model that returns a dict."""
+
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(3, 16)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(x)}
+
+    class AnswersWithLoss(Answers):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+            out = super().forward(x)
+            return out if labels is None else {**out, "loss": functional.cross_entropy(out["logits"], labels)}
+
+    net = AnswersWithLoss() if takes_labels else Answers()
+    loss = (lambda o, t: o["loss"]) if takes_labels else (lambda o, t: functional.cross_entropy(o["logits"], t))
+    found = diagnose(net, {"x": X, "labels": Y}, loss, what=("jacobian", "hessian"))
+    plain = diagnose(mlp(3, 16), (X, Y), functional.cross_entropy, what=("jacobian", "hessian"))
+    torch.testing.assert_close(found["jacobian"].spectrum.nodes, plain["jacobian"].spectrum.nodes)
+    assert found["hessian"].scalars()["largest"] == pytest.approx(plain["hessian"].scalars()["largest"], rel=1e-3)
+    with pytest.raises(TypeError, match="without 'labels'"):
+        diagnose(net, {"x": X}, loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch_rmt.compare import Report
 from torch_rmt.diagnose.parts import freeness_report
 from torch_rmt.diagnose.reports import curvature_report, hessian_report, jacobian_report
 from torch_rmt.init import LayerSignal, chi_per_layer, gradient_ratio, signals
+from torch_rmt.operators.batches import labelled
 
 WHAT = ("jacobian", "freeness", "hessian", "gauss_newton", "fisher")
 
@@ -95,7 +96,7 @@ class Diagnosis:
 
 def diagnose(
     model: nn.Module,
-    batch: tuple[Any, Any],
+    batch: tuple[Any, Any] | Mapping[str, Any],
     loss: Callable[[Any, Any], Tensor],
     *,
     what: Sequence[str] = ("jacobian", "hessian", "fisher"),
@@ -112,7 +113,7 @@ def diagnose(
 
     Args:
         model: in the mode that it is in.
-        batch: (inputs, targets).
+        batch: (inputs, targets), or a mapping with "labels", whose entries the model takes as keywords.
         loss: loss(output, target) -> scalar, a mean over the batch.
         what: any of "jacobian", "freeness", "hessian", "gauss_newton", "fisher".
         seed: of all probes.
@@ -131,6 +132,8 @@ def diagnose(
     unknown = [name for name in what if name not in WHAT]
     if unknown or isinstance(what, str) or not what:
         raise ValueError(f"what is a tuple of names out of {WHAT}, got {what!r}")
+    if isinstance(batch, Mapping):
+        batch = labelled(batch, model)
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise TypeError(f"the batch is a pair (inputs, targets), got {type(batch).__name__}")
     inputs = batch[0]

@@ -36,7 +36,7 @@ def as_pairs(data: Any, model: nn.Module) -> list[tuple[Any, Any]]:
     the targets, and the model is called with the entries as keywords, "labels" only if its forward has that argument.
     """
     if isinstance(data, Mapping):
-        return [_labelled(data, model)]
+        return [labelled(data, model)]
     if isinstance(data, tuple) and len(data) == 2 and not all(isinstance(item, Mapping) for item in data):
         return [(data[0], data[1])]
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
@@ -51,15 +51,19 @@ def as_pairs(data: Any, model: nn.Module) -> list[tuple[Any, Any]]:
     pairs = []
     for item in items:
         if isinstance(item, Mapping):
-            item = _labelled(item, model)
+            item = labelled(item, model)
         if not (isinstance(item, (tuple, list)) and len(item) == 2):
             raise TypeError(f"a batch must be a pair (inputs, targets), not {type(item).__name__}")
         pairs.append((item[0], item[1]))
     return pairs
 
 
-def _labelled(batch: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any], Any]:
-    """Keywords for the model, and the labels."""
+def labelled(batch: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any], Any]:
+    """Keywords for the model, and the labels; the model gets them too where its forward has that argument.
+
+    Raises:
+        TypeError: there are no labels.
+    """
     if "labels" not in batch:
         raise TypeError(
             f"the batch is a mapping with {', '.join(map(str, batch))} and without 'labels'; pass (inputs, targets), "

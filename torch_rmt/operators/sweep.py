@@ -22,15 +22,7 @@ from torch_rmt.operators.engines import FIRST_ORDER, Differentiable, Products
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import Loss, checked_loss
 from torch_rmt.operators.memory import Footprint, saved_bytes
-from torch_rmt.operators.places import (
-    Place,
-    check_called,
-    find_place,
-    hooked,
-    leaves,
-    replace_first,
-    tensor_at,
-)
+from torch_rmt.operators.places import Place, check_called, find_place, hooked, leaves, replace_first, tensor_at
 from torch_rmt.operators.pure import PureModel
 from torch_rmt.operators.shifts import by_shifts
 from torch_rmt.operators.trees import first_tensor
