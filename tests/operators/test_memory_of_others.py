@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from torch_rmt.operators import (
     product_bytes,
 )
 from torch_rmt.operators.live import Live
+from torch_rmt.operators.memory import free_bytes, free_of_container
 from torch_rmt.spectra import SLQ, exact, spectrum_within, top_eigenvalues
 
 Make = Callable[[], LinearOperator]
@@ -171,3 +174,40 @@ def test_live_counts_what_is_made_and_not_what_was_there() -> None:
         assert live.now() == 400
     assert 1200 <= live.peak <= 1224
     assert float(dense(ClosureHessian(lambda: (outside.requires_grad_() ** 2).sum(), [outside.requires_grad_()]))[0, 0])
+
+
+def _groups(root: Path, lines: str, files: dict[str, str]) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(lines)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
+    """The kernel kills a process that goes beyond; nothing can be caught then."""
+    inner = {"memory.max": "max\n", "memory.current": "300\n", "memory.stat": "anon 300\n"}
+    outer = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 500\ninactive_file 100\n"}
+    second = {f"jobs/{name}": text for name, text in outer.items()} | {f"jobs/mine/{n}": t for n, t in inner.items()}
+    assert free_of_container(_groups(tmp_path / "second", "0::/jobs/mine\n", second)) == 400
+    names = {"memory.max": "memory.limit_in_bytes", "memory.current": "memory.usage_in_bytes"}
+    own = {f"memory/{names.get(n, n)}": t.replace("inactive", "total_inactive") for n, t in outer.items()}
+    lines = "3:cpuset:/\n4:memory:/docker/abc\n0::/\n"  # the path is that of the host
+    assert free_of_container(_groups(tmp_path / "first", lines, own)) == 400
+    free = {**own, "memory/memory.limit_in_bytes": "9223372036854771712\n"}
+    assert free_of_container(_groups(tmp_path / "free", lines, free)) is None
+    assert free_of_container(tmp_path / "nowhere") is None
+    assert free_bytes(torch.device("cpu")) > 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space limits")
+def test_the_limit_of_the_address_space_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (size + 10**8, resource.RLIM_INFINITY))
+    assert 0 < free_bytes(torch.device("cpu")) <= 10**8
+    net, (x, y) = _setting(24, 30000)
+    with_room = Hessian(net, F.cross_entropy, [(x[:20000], y[:20000]), (x[20000:], y[20000:])])
+    assert any("graphs of all batches do not fit" in note for note in with_room.notes)

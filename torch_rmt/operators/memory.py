@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch_rmt.operators.pure import PureModel
 KEPT_OVER_FORWARD = 4
 _PRODUCT_OVER_FORWARD = 3
 _BLOCK_OVER_FORWARD = 2.2
+_FREE_IF_UNKNOWN = 4 * 2**30
+_NO_LIMIT = 2**62  # control groups of the first version write a number near 2^63 where there is no limit
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,15 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device."""
+    """Memory that can still be had on the device; on a CPU within the limits of the process and of its container."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    known = [free for free in (_free_of_machine(), _free_of_address_space(), free_of_container()) if free is not None]
+    return max(0, min(known, default=_FREE_IF_UNKNOWN))
+
+
+def _free_of_machine() -> int | None:
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:
@@ -102,7 +111,52 @@ def free_bytes(device: torch.device) -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _free_of_address_space() -> int | None:
+    """Under `ulimit -v`."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit == resource.RLIM_INFINITY:
+            return None
+        return limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return None
+
+
+def free_of_container(root: Path = Path("/")) -> int | None:
+    """Below the memory limits of this process's control groups, which the kernel enforces by killing it; None for none.
+
+    What the page cache holds and has not used lately counts as free.
+    """
+    found = []
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return None
+    for _, controllers, path in groups:
+        if controllers not in ("", "memory"):
+            continue
+        mount, most, used, idle = ("", "memory.max", "memory.current", "inactive_file")
+        if controllers:
+            mount, most, used, idle = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        place = PurePosixPath(path.lstrip("/"))
+        for group in (place, *place.parents):  # a group is bound by those around it, too
+            folder = root / "sys/fs/cgroup" / mount / group
+            try:
+                limit, held = (folder / most).read_text().strip(), int((folder / used).read_text())
+                entries = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if limit != "max" and int(limit) < _NO_LIMIT:
+                found.append(int(limit) - held + int(entries.get(idle, 0)))
+    return min(found, default=None)
 
 
 def graph_bytes(pure: PureModel, inputs: object) -> int:
