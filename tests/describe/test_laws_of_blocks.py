@@ -103,7 +103,7 @@ def test_fifty_residual_blocks_keep_signal_and_gradient(seed: int, activation: t
     handle = net.norm.register_forward_hook(lambda _m, _i, o: out.append(float(o.detach().square().mean())))
     net(x)
     handle.remove()
-    assert 1.0 <= out[0] / report.after[0].q <= math.e * 1.2  # 1 + 1/50 fifty times
+    assert 0.8 * math.e <= out[0] / report.after[0].q <= math.e * 1.2  # 1 + 1/50 fifty times
     gradients = [s.gradient for s in report.after]
     assert 0.5 < gradients[0] / gradients[-1] < math.e  # the square grows by at most e
     if activation is nn.ReLU:

@@ -282,6 +282,30 @@ def test_behind_a_dropout_the_network_is_critical_with_it(activation: type[nn.Mo
     assert report.chi_after == pytest.approx(1.0, abs=0.05)  # 1 / (1 - p) = 1.25 if the dropout were forgotten
 
 
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(x)))
+
+
+@pytest.mark.parametrize("ensemble", ["orthogonal", "gaussian"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_block_of_a_trunk_adds_its_share_and_no_less(seed: int, ensemble: str) -> None:
+    """Three blocks, a change of width, nine blocks: each multiplies the mean square by 1 + 1/12."""
+    torch.manual_seed(seed)
+    rows = [nn.Sequential(*[Block(width) for _ in range(count)]) for width, count in ((200, 3), (160, 9))]
+    net = nn.Sequential(nn.Linear(64, 200), rows[0], nn.Linear(200, 160), rows[1], nn.Linear(160, 4))
+    x = torch.randn(64, 64)
+    report = critical_init_(net, x, ensemble=ensemble)
+    assert len(report.branches) == 12
+    for place, count in ((1, 3), (3, 9)):
+        before, after = (float(net[:k](x).detach().square().mean()) for k in (place, place + 1))
+        assert after / before == pytest.approx((1 + 1 / 12) ** count, rel=0.12)
+
+
 def test_state_is_left_as_it_was() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8)).train()
     net[3].eval()

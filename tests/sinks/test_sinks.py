@@ -13,7 +13,9 @@ import pytest
 from tests.sinks.drawn_reports import all_reports, product_of_gaussians, semicircle_with_outlier
 from torch_rmt.compare import Report
 from torch_rmt.sinks import JsonLinesSink, Sink, TensorBoardSink, figure, write_html
+from torch_rmt.sinks.drawing import draw
 from torch_rmt.sinks.tensorboard import rgb
+from torch_rmt.spectra import Spectrum
 
 
 def test_json_lines_are_strict_and_whole(tmp_path: Path) -> None:
@@ -80,6 +82,24 @@ def test_pictures_keep_their_colours() -> None:
     image = rgb(Figure(figsize=(1, 1), facecolor=(1.0, 0.5, 0.0)))
     assert image.dtype == np.uint8
     assert image[0, 0].tolist() == [255, 128, 0]
+
+
+def test_a_report_of_nothing_but_zeros_is_written(tmp_path: Path) -> None:
+    zeros = Spectrum(np.zeros((1, 5)), np.full((1, 5), 0.2), dim=5, matvecs=5, method="exact", symmetric=False)
+    sink = TensorBoardSink(tmp_path)
+    sink.write(Report("dead", zeros, None), 0)
+    sink.close()
+    events = _events(tmp_path)
+    assert events["histograms"] == {}  # of no logarithm
+    assert set(events["images"]) == {"dead/spectrum"}
+
+
+def test_what_one_probe_saw_of_an_eigenvalue_is_drawn() -> None:
+    """Its weight is a random share of 1 / dim, far above rounding."""
+    nodes, weights = np.array([[1.0, 2.0, 3.0]]), np.array([[1e-3, 0.499, 0.5]])
+    drawing = draw(Report("x", Spectrum(nodes, weights, dim=10, matvecs=3, method="slq", seed=0), None))
+    assert (drawing.heights * np.diff(drawing.edges)).sum() == pytest.approx(1.0)
+    assert drawing.low < 1.0
 
 
 def test_tensorboard_refuses_what_it_cannot_write_to() -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from torch_rmt.describe import ForwardGraph, WeightUse, record
+from torch_rmt.describe import ForwardGraph, WeightUse, record, unwrapped
 from torch_rmt.init.plan import Setting, make_plan
 from torch_rmt.init.signal import LayerSignal, chi_per_layer, gradient_ratio, signals
 
@@ -223,8 +223,7 @@ def _counted(number: int, one: str, many: str = "") -> str:
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    inner = getattr(model, "_orig_mod", model)
-    return list(inner.named_parameters(remove_duplicate=False))
+    return list(unwrapped(model).named_parameters(remove_duplicate=False))
 
 
 @torch.no_grad()
@@ -268,7 +267,8 @@ def _scale_by_measurement(
         if setting.entry is not None:
             q *= float(graph.tensors[setting.entry].double().square().mean())
         aim = q - offset if offset < q else q
-        parameters[use.parameter].mul_(math.sqrt(aim / measured))
+        # Through `.data`: a weight whose version rises would get a new number, and shift those of all entries.
+        parameters[use.parameter].data.mul_(math.sqrt(aim / measured))
         return call()
 
     if waiting:
