@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from torch_rmt.describe import ForwardGraph, WeightUse, record, unwrapped
+from torch_rmt.describe import ForwardGraph, WeightUse, record
 from torch_rmt.init.plan import Setting, make_plan
 from torch_rmt.init.signal import LayerSignal, chi_per_layer, gradient_ratio, signals
 
@@ -223,7 +223,8 @@ def _counted(number: int, one: str, many: str = "") -> str:
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(unwrapped(model).named_parameters(remove_duplicate=False))
+    inner = getattr(model, "_orig_mod", model)
+    return list(inner.named_parameters(remove_duplicate=False))
 
 
 @torch.no_grad()
