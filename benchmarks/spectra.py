@@ -2,10 +2,10 @@
 
     PYTHONPATH=. /path/to/python benchmarks/spectra.py --only mlp [--device cuda] [--quick] [--limit 20]
 
-and `gpt`, `resnet` (on a GPU `large_gpt` too); each takes one to four minutes on an idle core, with a Python that has curvlinops,
-hessian-eigenthings and PyHessian. Figures are seconds over the seconds of one gradient (g; CPU time on a CPU with one
-thread), and peak memory, on the models of operators.py (ResNet-20 with a quarter of its batch). A call is stopped after
-`--limit` seconds, which is then shown as "> ". Accuracy is measured by spectra_accuracy.py.
+and `gpt`, `resnet` (on a GPU `large_gpt` too); each takes one to four minutes on an idle core, with a Python that has
+curvlinops, hessian-eigenthings and PyHessian. Figures are seconds over the seconds of one gradient (g; CPU time on a
+CPU with one thread), and peak memory, on the models of operators.py (ResNet-20 with a quarter of its batch). A call is
+stopped after `--limit` seconds, which is then shown as "> ". Accuracy is measured by spectra_accuracy.py.
 """
 
 from __future__ import annotations
