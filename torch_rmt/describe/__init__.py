@@ -11,6 +11,7 @@ from torch_rmt.describe.elements import elements_of as elements_of
 from torch_rmt.describe.forward_graph import ForwardGraph as ForwardGraph
 from torch_rmt.describe.forward_graph import WeightUse as WeightUse
 from torch_rmt.describe.forward_graph import record as record
+from torch_rmt.describe.forward_graph import unwrapped as unwrapped
 from torch_rmt.describe.layers import layer_of as layer_of
 from torch_rmt.describe.links import Block as Block
 from torch_rmt.describe.links import Link as Link

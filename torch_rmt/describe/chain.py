@@ -22,9 +22,9 @@ def describe(
     """Read an `Architecture` off a module by one forward pass: weights, activations, measured sigmas.
 
     sigma_w^2 = fan-in times the mean square of the weights; sigma_b the root mean square of the biases. A
-    layer is "orthogonal" where W W^T or W^T W is proportional to the identity (for a convolution: the centre
-    tap, all else zero), else "gaussian". A convolution counts its entries, channels times positions, as its
-    width.
+    layer is "orthogonal" where W W^T or W^T W is nearer to a multiple of the identity than that of a Gaussian
+    weight is (for a convolution: of the centre tap, next to nothing beside it), else "gaussian". A convolution
+    counts its entries, channels times positions, as its width.
 
     Args:
         module: any nn.Module; it is left as it was.

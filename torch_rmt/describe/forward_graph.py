@@ -229,6 +229,22 @@ def _kept_taps(data: Tensor, weight: Tensor, given: dict[str, Any]) -> float:
     return kept
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside of what torch.compile and data-parallel training put around it: they rename everything.
+
+    >>> net = nn.Linear(2, 2)
+    >>> unwrapped(torch.compile(net)) is net
+    True
+    """
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
+
+
 def record(
     module: nn.Module,
     example_input: Any,
@@ -252,7 +268,7 @@ def record(
         ValueError: the example is empty.
         TypeError: the module is no nn.Module, or its output holds no tensor.
     """
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper renames everything
+    module = unwrapped(module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(module).__name__}; wrap a function in a module")
     args, kwargs = _call_arguments(example_input)

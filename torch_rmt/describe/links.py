@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_rmt.describe.activation import from_torch
 from torch_rmt.describe.elements import Element, Join, Norm, Scale, calls_between, elements_of
-from torch_rmt.describe.forward_graph import ForwardGraph, WeightUse
+from torch_rmt.describe.forward_graph import ForwardGraph, WeightUse, unwrapped
 from torch_rmt.describe.stretch import SHAPING, Stretch, stretch_to
 from torch_rmt.theory import Activation
 
@@ -206,7 +206,7 @@ def output_number(graph: ForwardGraph, module: nn.Module, name: str) -> int:
         ValueError: no such module, it is not called, or it is called several times and the name says not which.
     """
     plain, _, call = name.partition("#")
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     modules = dict(module.named_modules(remove_duplicate=False))
     names = [n for n in modules if n]
     if plain in names:

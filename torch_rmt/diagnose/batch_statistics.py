@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torch_rmt.describe import unwrapped
 from torch_rmt.guard import undisturbed
 
 
@@ -28,7 +29,7 @@ def with_batch_statistics(model: nn.Module, inputs: Any) -> nn.Module:
     >>> torch.allclose(with_batch_statistics(net, x)(x[:1]), net(x)[:1], atol=1e-6)
     True
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = unwrapped(model)
     norms = {name: m for name, m in inner.named_modules() if isinstance(m, _BatchNorm) and m.training}
     if not norms:
         return model

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from torch_rmt.compare import Report
+from torch_rmt.describe import unwrapped
 from torch_rmt.diagnose.parts import freeness_report
 from torch_rmt.diagnose.reports import curvature_report, hessian_report, jacobian_report
 from torch_rmt.init import LayerSignal, chi_per_layer, gradient_ratio, signals
@@ -136,7 +137,7 @@ def diagnose(
         batch = labelled(batch, model)
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise TypeError(f"the batch is a pair (inputs, targets), got {type(batch).__name__}")
-    inputs = batch[0]
+    model, inputs = unwrapped(model), batch[0]
     try:
         found = signals(model, inputs)
     except ValueError as error:

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from torch_rmt.describe import ForwardGraph, WeightUse, record
+from torch_rmt.describe import ForwardGraph, WeightUse, record, unwrapped
 from torch_rmt.init.plan import Setting, make_plan
 from torch_rmt.init.signal import LayerSignal, chi_per_layer, gradient_ratio, signals
 
@@ -172,6 +172,7 @@ def critical_init_(
         raise ValueError(f"ensemble is 'orthogonal' or 'gaussian', got {ensemble!r}")
     if sigma_b is not None and q_star is not None:
         raise ValueError("give sigma_b or q_star, not both: each alone picks the critical point")
+    model = unwrapped(model)
     before = signals(model, example_input)
     graph = record(model, example_input)
     settings, left = make_plan(model, graph, sigma_b=sigma_b, q_star=q_star)
@@ -223,8 +224,7 @@ def _counted(number: int, one: str, many: str = "") -> str:
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    inner = getattr(model, "_orig_mod", model)
-    return list(inner.named_parameters(remove_duplicate=False))
+    return list(model.named_parameters(remove_duplicate=False))
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ class PureModel:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
         self.module = getattr(model, "_orig_mod", model)
-        if isinstance(self.module, nn.parallel.DistributedDataParallel):
+        if isinstance(self.module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             self.module = self.module.module
         self.names = select(self.module, params)
         tensors = dict(self.module.named_parameters())
