@@ -15,6 +15,7 @@ from torch_rmt.diagnose.measuring import measure, one_sample
 from torch_rmt.diagnose.wide import beside_a_wide_network, wide_scale
 from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import Fisher, GaussNewton, Hessian, Jacobian, LinearOperator
+from torch_rmt.spectra import Spectrum
 from torch_rmt.theory import Layer, Residual, jacobian_spectrum
 
 _ONE_TENSOR = "not a tensor"  # as operators refuse a model that returns a tuple or a dict of several
@@ -86,11 +87,13 @@ def hessian_report(
         if _ONE_TENSOR not in str(error):
             raise
         reason = "the model returns more than one tensor, so there is no Gauss-Newton part"
-        report = compare(measure(hessian, seed), None, name=name, facts=_top(hessian, seed), reason=reason)
+        whole = measure(hessian, seed)
+        report = compare(whole, None, name=name, facts=_top(hessian, whole, seed), reason=reason)
         return replace(report, verdict=report.verdict + _top_in_words(report.facts))
     residual = hessian - gauss_newton
     parts = [measure(gauss_newton, seed + 1), measure(residual, seed + 2)]
-    whole, facts = measure(hessian, seed), _top(hessian, seed)
+    whole = measure(hessian, seed)
+    facts = _top(hessian, whole, seed)
     for part, spectrum in zip(("gauss_newton", "residual"), parts, strict=True):
         facts[f"{part}/largest"] = max(abs(end) for end in spectrum.measure().bounds())
     try:
@@ -129,7 +132,7 @@ def curvature_report(
         why = "the loss is no likelihood that we know" if unknown else "the model returns more than one tensor"
         reason = f"{why}, so this is the empirical Fisher matrix"
         note = f"{reason[0].upper()}{reason[1:]}."
-    facts = _top(operator, seed)
+    facts = _top(operator, spectrum, seed)
     try:
         scale = wide_scale(model, batch[0], operator)
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -151,9 +154,14 @@ def _top_in_words(facts: Mapping[str, float]) -> str:
     return text
 
 
-def _top(operator: LinearOperator, seed: int) -> dict[str, float]:
-    top = largest_eigenvalue(operator, seed)
-    facts = {"largest_eigenvalue": top.value, "largest_eigenvalue_error": top.error}
-    if top.value > 0:
-        facts["max_lr"] = 2 / top.value
+def _top(operator: LinearOperator, spectrum: Spectrum, seed: int) -> dict[str, float]:
+    """From the spectrum where that is exact, else by Lanczos."""
+    if spectrum.eigenvalues is not None:
+        value, error = float(spectrum.eigenvalues[-1]), 0.0
+    else:
+        top = largest_eigenvalue(operator, seed)
+        value, error = top.value, top.error
+    facts = {"largest_eigenvalue": value, "largest_eigenvalue_error": error}
+    if value > 0:
+        facts["max_lr"] = 2 / value
     return facts
