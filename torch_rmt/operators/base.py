@@ -97,6 +97,7 @@ class Like(LinearOperator):
     """Shape, device and type taken from another operator, through which every product goes."""
 
     copies = 2  # of every column, held beside that operator's own
+    _own_notes: tuple[str, ...] = ()
 
     def __init__(self, like: LinearOperator) -> None:
         self._like = like
@@ -115,6 +116,15 @@ class Like(LinearOperator):
     def dtype(self) -> torch.dtype:
         """As the operator it is made from."""
         return self._like.dtype
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was replaced or given up here, and by the operator that it is made from."""
+        return (*self._own_notes, *getattr(self._like, "notes", ()))
+
+    @notes.setter
+    def notes(self, own: tuple[str, ...]) -> None:
+        self._own_notes = own
 
     def product_bytes(self, columns: int) -> int:
         """Bytes of the operator that it is made from, and of vectors in between."""
@@ -148,6 +158,15 @@ class Combination(Like):
         self.operators, self.coefficients = tuple(operators), tuple(coefficients)
         self.symmetric = all(op.symmetric for op in operators)
         self.positive = all(op.positive for op in operators) and all(c >= 0 for c in coefficients)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What any part replaced or gave up."""
+        return tuple(dict.fromkeys(note for op in self.operators for note in getattr(op, "notes", ())))
+
+    @notes.setter
+    def notes(self, own: tuple[str, ...]) -> None:
+        raise AttributeError("the notes of a combination are those of its parts")
 
     def product_bytes(self, columns: int) -> int:
         """Bytes of all parts' graphs, and of vectors."""

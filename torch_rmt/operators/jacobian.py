@@ -199,14 +199,16 @@ class Jacobian(LinearOperator):
     @contextmanager
     def within(self, max_memory: int | None, columns: int = 1) -> Iterator[None]:
         """Multiply so few vectors at a time inside as keep to so many bytes, where one vector does."""
-        before = self.chunk
+        before = self.chunk, self.notes
         if max_memory is not None:
             self._prepared()
-            self.chunk = max(1, min(before, self.footprint().width(columns, max_memory)))
+            self.chunk = max(1, min(self.chunk, self.footprint().width(columns, max_memory)))
+            if self.chunk < min(columns, before[0]):
+                self.notes += (f"max_memory: vectors are multiplied {self.chunk} at a time",)
         try:
             yield
         finally:
-            self.chunk = before
+            self.chunk, self.notes = before
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
         """Columns `J v`."""
