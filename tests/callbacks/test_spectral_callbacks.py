@@ -428,6 +428,8 @@ def test_the_state_loads_with_weights_only_and_resumes(tmp_path: Path) -> None:
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
     (state,) = checkpoint["callbacks"].values()
     assert state["spent"] == first.budget.spent > 0
+    assert state["costs"].keys() == {"jacobian"}
+    assert 0 < state["costs"]["jacobian"] <= state["spent"]
     keep = Keep()
     second = JacobianSpectrum(**ALWAYS, sinks=[keep])
     torch.manual_seed(0)
