@@ -20,8 +20,10 @@ from torch_rmt.operators import (
     Jacobian,
     LinearOperator,
     Scaled,
+    column_bytes,
     dense,
     dense_bytes,
+    layer_blocks,
     product_bytes,
 )
 from torch_rmt.operators.live import Live
@@ -155,6 +157,29 @@ def test_parts_of_a_sum_are_cut_and_give_the_same() -> None:
     assert any("cut into parts" in note for note in found.notes)
     assert used <= limit
     torch.testing.assert_close(image, expected, rtol=2e-3, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("cls", [Hessian, GaussNewton])
+def test_blocks_of_layers_count_the_whole_behind_them(cls: Any, shared: bool) -> None:
+    net, batch = _setting(24, 400)
+
+    def block() -> LinearOperator:
+        whole = cls(net, F.cross_entropy, batch)
+        whole.keep = shared
+        return layer_blocks(whole)["2"]
+
+    part = block()
+    each = column_bytes(part) + 12 * part.shape[0] * 4
+    limit = product_bytes(part, 0) + 2 * each
+    expected = part.matmat(torch.ones(part.shape[0], 1))
+    with Live() as live:
+        found = block()
+        SLQ(4, 4, max_memory=limit)(found, _generator())
+    assert live.peak <= limit
+    with found.within(limit // 2):
+        torch.testing.assert_close(found.matmat(torch.ones(part.shape[0], 1)), expected, rtol=1e-3, atol=1e-5)
+        assert shared or found.notes != part.notes  # type: ignore[attr-defined]
 
 
 def test_a_closure_counts_its_graph() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.batches import Batch
 from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian, flat
 from torch_rmt.operators.engines import Tensors, stacked
+from torch_rmt.operators.memory import KEPT_OVER_FORWARD
 from torch_rmt.operators.pure import select
 from torch_rmt.operators.tape_rules import Pool
 from torch_rmt.operators.taped import rows_of, taped
@@ -151,6 +153,11 @@ class _Part(LinearOperator):
         """As the whole."""
         return self.whole.dtype
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """As the whole."""
+        return self.whole.notes
+
     def adjoint(self) -> LinearOperator:
         """Return itself: symmetric."""
         return self
@@ -161,6 +168,11 @@ class _Block(_Part):
         super().__init__(graphs.operator, index)
         self.graphs: _SharedGraphs | None = graphs
         self.many: Callable[[Tensors], Tensors] | None = None
+
+    def product_bytes(self, columns: int) -> int:
+        """Bytes of the shared graphs, of those of the whole that proved them, and of vectors."""
+        shared = KEPT_OVER_FORWARD * self.whole.footprint(keep=True).kept
+        return shared + self.whole.product_bytes(0) + super().product_bytes(columns)
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns of the block times v."""
@@ -185,6 +197,18 @@ class _Block(_Part):
 
 class _Restricted(_Part):
     """Rows and columns of the whole operator: the vector is padded with zeros."""
+
+    def product_bytes(self, columns: int) -> int:
+        """Bytes of a product with the whole, and of the vectors that are padded for it."""
+        return self.whole.product_bytes(columns) + self._padded(columns) + super().product_bytes(columns)
+
+    def within(self, max_memory: int | None, columns: int = 1) -> AbstractContextManager[None]:
+        """Keep the whole to what is left of so many bytes."""
+        own = self._padded(columns) + super().product_bytes(columns)
+        return self.whole.within(None if max_memory is None else max(0, max_memory - own), columns)
+
+    def _padded(self, columns: int) -> int:
+        return columns * self.whole.shape[0] * self.dtype.itemsize
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Columns of the block times v."""
