@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.sparse import csr_array
 
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.spectra.block_lanczos import BlockTridiagonal, block_lanczos, ritz_pairs
@@ -21,6 +22,7 @@ _SHORTEST_TAIL = 128  # rows
 _ISOLATED = 0.03  # a residual below this share of the distance to the next Ritz value: one eigenvalue, and it alone
 _NEGLIGIBLE = 1e-14  # a weight that is rounding
 _DEPTH_LEFT_OUT = 0.8  # share of the steps whose span is counted when a probe is left out, found by tuning
+_WIDEST_SPAN = 512  # columns; wider ones cost more than they tell
 _CLOSED = 1e-4  # of the largest Ritz value: a coupling below it adds no direction to such a span
 
 
@@ -85,21 +87,23 @@ class BlockSLQ:
         start = sphere(dim, self.probes, generator, device=operator.device, dtype=operator.dtype)
         run = block_lanczos(operator, start, self.depth)
         nodes, vectors = ritz_pairs(run, tail=-(-max(2 * self.depth, _SHORTEST_TAIL) // self.probes))
-        known, found = resolved(run, eps=torch.finfo(operator.dtype).eps, nodes=nodes)
-        rules = _leaving_out_each(run, found, vectors[:, ~known], dim)
+        ritz = ritz_pairs(run)
+        known, found = resolved(run, ritz, eps=torch.finfo(operator.dtype).eps, nodes=nodes)
+        size = float(np.abs(ritz[0][~found]).max(initial=0.0))
+        rules = _leaving_out_each(run, ritz[1][:, found], size, vectors[:, ~known], dim)
         if rules is None:  # all of a probe lies in what was resolved or counted: nothing to scale
-            known, found = np.zeros_like(known), found[:, :0]
+            known, found = np.zeros_like(known), np.zeros_like(found)
             weights = (run.start.T @ vectors[: self.probes]) ** 2
             weights /= weights.sum(axis=1, keepdims=True)
             rules = weights, weights
-        count = found.shape[1]
+        count = int(found.sum())
         exactly = np.full((self.probes, count), 1.0 / dim)
         method = f"block slq, {self.probes} probes x {self.depth} steps"
         if count:
             method += f", {count} eigenvalues resolved"
         places = np.tile(np.concatenate([nodes[~known], nodes[known]]), (self.probes, 1))
         return Spectrum(
-            nodes=clipped(places, operator, np.linalg.eigvalsh(run.matrix)),
+            nodes=clipped(places, operator, ritz[0]),
             weights=np.concatenate([rules[0], exactly], axis=1),
             dim=dim,
             matvecs=self.probes * self.depth,
@@ -114,23 +118,24 @@ class BlockSLQ:
 def _leaving_out_each(
     run: BlockTridiagonal,
     found: Float[np.ndarray, "rows found"],
+    size: float,
     vectors: Float[np.ndarray, "rows nodes"],
     dim: int,
 ) -> tuple[Float[np.ndarray, "probes nodes"], Float[np.ndarray, "probes nodes"]] | None:
     """Each probe's weights, on nodes with these Ritz vectors, of all that was not found; the part that is sampled.
 
     For probe i: (tr(Q^T f(A) Q) + (dim - found - k) z^T f(A) z) / dim, Q of k columns from the others' Krylov space, z
-    the unit vector along what Q and `found` leave of the probe. All in coordinates of the basis of `run`.
+    the unit vector along what Q and `found` leave of the probe. All in coordinates of the basis of `run`; `size` is
+    the largest Ritz value that was not found.
     """
-    rows, probes = len(run.matrix), len(run.coupling)
+    rows, probes, count = len(run.matrix), len(run.coupling), found.shape[1]
     start = np.zeros((rows, probes))
     start[:probes] = run.start
-    away = run.matrix - found @ (found.T @ run.matrix)
-    away -= (away @ found) @ found.T
-    steps = int(_DEPTH_LEFT_OUT * (rows - found.shape[1]) / probes)
+    matrix = csr_array(run.matrix)
+    steps = min(int(_DEPTH_LEFT_OUT * (rows - count) / probes), _WIDEST_SPAN // max(1, probes - 1))
     weights, sampled = np.zeros((2, probes, vectors.shape[1]))
     for i in range(probes):
-        span = _krylov_span(away, np.delete(start, i, axis=1), steps, found)
+        span = _krylov_span(matrix, np.delete(start, i, axis=1), steps, found, size)
         rest = start[:, i]
         for _ in range(2):
             rest = rest - span @ (span.T @ rest)
@@ -138,54 +143,58 @@ def _leaving_out_each(
         if along.sum() <= _NEGLIGIBLE * run.start[:, i] @ run.start[:, i]:
             return None
         sampled[i] = along / along.sum() * (1.0 - span.shape[1] / dim)
-        counted = ((span[:, found.shape[1] :].T @ vectors) ** 2).sum(axis=0)
-        size = counted.sum()
-        weights[i] = sampled[i] + (counted * ((span.shape[1] - found.shape[1]) / (dim * size)) if size > 0 else 0.0)
+        counted = ((span[:, count:].T @ vectors) ** 2).sum(axis=0)
+        weights[i] = sampled[i] + counted * ((span.shape[1] - count) / dim / max(counted.sum(), 1e-300))
     return weights, sampled
 
 
 def _krylov_span(
-    matrix: Float[np.ndarray, "rows rows"],
+    matrix: csr_array,
     block: Float[np.ndarray, "rows width"],
     steps: int,
     found: Float[np.ndarray, "rows found"],
+    size: float,
 ) -> Float[np.ndarray, "rows columns"]:
     """Orthonormal columns: those found, then the Krylov space of a block beside them as far as it does not close."""
-    span = found
-    size = 1.0
-    for step in range(steps if block.shape[1] else 0):
-        for _ in range(2):
-            block = block - span @ (span.T @ block)
-        left, lengths, _ = np.linalg.svd(block, full_matrices=False)
-        fresh = left[:, lengths > _CLOSED * size]
+    (rows, width), used = block.shape, found.shape[1]
+    span = np.empty((rows, used + steps * width))
+    span[:, :used] = found
+    for step in range(steps if width else 0):
+        known = span[:, :used]
+        fresh, factor = np.linalg.qr(block - known @ (known.T @ block))
+        turn, lengths, _ = np.linalg.svd(factor)
+        fresh = fresh @ turn[:, lengths > _CLOSED * (size if step else 1.0)]
         if not fresh.shape[1]:
             break
-        fresh, _ = np.linalg.qr(fresh - span @ (span.T @ fresh))
-        span = np.concatenate([span, fresh], axis=1)
+        fresh, _ = np.linalg.qr(fresh - known @ (known.T @ fresh))
+        span[:, used : used + fresh.shape[1]] = fresh
+        used += fresh.shape[1]
         block = matrix @ fresh
-        if step == 0:
-            size = float(np.abs(np.linalg.eigvalsh(matrix)).max())
-    return span
+    return span[:, :used]
 
 
 def resolved(
-    run: BlockTridiagonal, *, eps: float, nodes: Float[np.ndarray, " nodes"]
-) -> tuple[np.ndarray, Float[np.ndarray, "rows found"]]:
-    """Which of `nodes` (those of the rule with its tail) are eigenvalues found with their multiplicity; their vectors.
+    run: BlockTridiagonal,
+    pairs: tuple[Float[np.ndarray, " rows"], Float[np.ndarray, "rows rows"]],
+    *,
+    eps: float,
+    nodes: Float[np.ndarray, " nodes"],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `nodes` (of the rule with its tail) and of the Ritz pairs are eigenvalues, found with multiplicity.
 
     Ritz values closer than their residuals, or than rounding, form a group. A group counts if it has fewer members
     than the block has columns, if each residual is below 3 % of the distance to the next Ritz value outside, and
     if as many nodes lie there.
     """
     width = len(run.coupling)
-    ritz, vectors = np.linalg.eigh(run.matrix)
+    ritz, vectors = pairs
     residuals = np.linalg.norm(run.coupling @ vectors[-width:], axis=0)
     seen = ((run.start.T @ vectors[:width]) ** 2).mean(axis=0) > _NEGLIGIBLE
-    ritz, residuals, vectors = ritz[seen], residuals[seen], vectors[:, seen]
+    places, ritz, residuals = np.flatnonzero(seen), ritz[seen], residuals[seen]
     rounding = 100.0 * eps * float(np.abs(ritz).max(initial=0.0))
     apart = np.diff(ritz) > residuals[1:] + residuals[:-1] + rounding
     known = np.zeros(nodes.shape, dtype=bool)
-    found = np.zeros(ritz.shape, dtype=bool)
+    found = np.zeros(seen.shape, dtype=bool)
     for group in np.split(np.arange(len(ritz)), np.flatnonzero(apart) + 1):
         first, last = group[0], group[-1]
         below = ritz[first] - ritz[first - 1] if first else np.inf
@@ -196,5 +205,5 @@ def resolved(
         here = (nodes > ritz[first] - 0.5 * gap) & (nodes < ritz[last] + 0.5 * gap)
         if here.sum() == len(group):
             known |= here
-            found[group] = True
-    return known, vectors[:, found]
+            found[places[group]] = True
+    return known, found
