@@ -133,10 +133,9 @@ def test_compiled_modules_are_measured_eagerly() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
     compiled = torch.compile(net, backend="eager")
-    inner = nn.Sequential(torch.compile(net[:2], backend=lambda *_: pytest.fail("was compiled")), net[2])
-    torch.testing.assert_close(
-        dense(Hessian(inner, nn.functional.mse_loss, (x, y))), dense(Hessian(net, nn.functional.mse_loss, (x, y)))
-    )
+    refuses = torch.compile(net[0], backend=lambda *_: pytest.fail("was compiled"))
+    with undisturbed(refuses):
+        assert torch.equal(refuses(x), net[0](x))
     torch.testing.assert_close(
         dense(Hessian(compiled, nn.functional.mse_loss, (x, y))),
         dense(Hessian(net, nn.functional.mse_loss, (x, y))),
