@@ -35,19 +35,25 @@ def gauss_rule(
     if half == 0.0:
         return np.array([centre]), np.array([total])
     y = (x - centre) / half
-    basis = [np.sqrt(w / total)]
-    diagonal, off = [], []
-    for _ in range(min(size, y.size)):
-        vector = y * basis[-1]
-        diagonal.append(float(vector @ basis[-1]))
-        known = np.array(basis)
-        for _ in range(2):  # full reorthogonalisation, twice is enough
-            vector = vector - known.T @ (known @ vector)
-        norm = float(np.linalg.norm(vector))
-        if norm < 1e-12:
+    steps = min(size, y.size)
+    basis = np.empty((steps, y.size))
+    basis[0] = np.sqrt(w / total)
+    diagonal, off = np.empty(steps), np.empty(steps)
+    for k in range(steps):
+        vector = y * basis[k]
+        diagonal[k] = vector @ basis[k]
+        vector -= diagonal[k] * basis[k]
+        if k:
+            vector -= off[k - 1] * basis[k - 1]
+        # full reorthogonalisation: after the recursion once is enough
+        known = basis[: k + 1]
+        vector -= (known @ vector) @ known
+        off[k] = np.linalg.norm(vector)
+        if off[k] < 1e-12:
+            steps = k + 1
             break
-        off.append(norm)
-        basis.append(vector / norm)
-    steps = len(diagonal)
-    places, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off[: steps - 1], -1))  # reads the lower triangle
+        if k + 1 < steps:
+            np.divide(vector, off[k], out=basis[k + 1])
+    diagonal, off = diagonal[:steps], off[: steps - 1]
+    places, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, -1))  # reads the lower triangle
     return centre + half * places, total * vectors[0] ** 2

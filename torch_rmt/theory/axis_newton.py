@@ -92,23 +92,25 @@ class NewtonLaw(SpectralMeasure):
         least = 1e-9 * self._scale()
         return self._follow(path, high.imag - z.imag, np.maximum(least, z.imag), least, y, tangents)
 
-    def _onto(self, band: Interval, angle: Reals) -> Unknowns:
-        """Solution on a band, low + width (1 - cos(angle))/2, in along confocal ellipses around it.
+    def _onto(self, low: Reals, high: Reals, angle: Reals) -> Unknowns:
+        """Solution on bands, at low + (high - low) (1 - cos(angle))/2, in along confocal ellipses around each.
 
         In the angle continued to angle + i height the solution has no square roots at the ends, and steps are few.
         """
-        middle, half = 0.5 * (band[0] + band[1]), 0.5 * (band[1] - band[0])
+        middle, half = 0.5 * (low + high), 0.5 * (high - low)
 
         def path(height: Reals, where: np.ndarray) -> Complex[np.ndarray, " points"]:
             turn = angle[where]
-            return np.asarray(middle - half * (np.cos(turn) * np.cosh(height) - 1j * np.sin(turn) * np.sinh(height)))
+            ellipse = np.cos(turn) * np.cosh(height) - 1j * np.sin(turn) * np.sinh(height)
+            return np.asarray(middle[where] - half[where] * ellipse)
 
         bounds = self.bounds()
-        height = np.full(len(angle), np.log(8.0 * max(abs(bounds[0]), abs(bounds[1])) / half))
-        high = path(height, np.arange(len(angle)))
-        y, good, tangents = self._newton(self._far(high), high)
+        height = np.log(8.0 * max(abs(bounds[0]), abs(bounds[1])) / half)
+        every = np.arange(len(angle))
+        start = path(height, every)
+        y, good, tangents = self._newton(self._far(start), start)
         if not good.all():
-            return self._descend(path(np.zeros(len(angle)), np.arange(len(angle))))
+            return self._descend(path(np.zeros(len(angle)), every))
         return self._follow(path, height, np.full(len(angle), _NEAR), 1e-9, y, tangents)
 
     def _follow(
@@ -149,7 +151,13 @@ class NewtonLaw(SpectralMeasure):
     @cached_property
     def _table(self) -> tuple[tuple[Interval, Reals, Unknowns], ...]:
         angle = np.pi * (np.arange(_TABLE) + 0.5) / _TABLE
-        return tuple((band, angle, self._onto(band, angle)) for band in self.support())
+        bands = self.support()
+        if not bands:
+            return ()
+        ends = np.repeat(np.array(bands).reshape(-1, 2), _TABLE, axis=0)
+        found = self._onto(ends[:, 0], ends[:, 1], np.tile(angle, len(bands)))  # all bands in one go
+        parts = np.split(found, len(bands), axis=1)
+        return tuple((band, angle, part) for band, part in zip(bands, parts, strict=True))
 
     def _unknowns(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
         """Physical solution at points of the closed upper half-plane; the last one is kept, for density, then cdf."""

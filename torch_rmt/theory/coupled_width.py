@@ -11,7 +11,7 @@ from torch_rmt.theory.gaussian import gaussian_rule
 from torch_rmt.theory.gradient_norm import GradientNormLaw
 
 _REFERENCE = "coupled recursion of (q, log chi), derived here, after Hanin and Nica 2018"
-_NUMBERS_AT_ONCE = 2_000_000
+_NUMBERS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,13 @@ def _log_norms(chain: Chain, count: int, rng: np.random.Generator) -> np.ndarray
         with np.errstate(all="ignore"):
             along = np.where(x2 > 0.0, xu / np.sqrt(x2), 0.0)
         across = np.sqrt(np.maximum(u2 - along**2, 0.0))
-        tangent = np.sqrt(chain.gain) * (along[:, None] * z + across[:, None] * w)
-        h = np.sqrt(chain.gain * x2)[:, None] * z
+        root = np.sqrt(chain.gain)
+        h = (root * np.sqrt(x2))[:, None] * z
+        tangent = (root * along)[:, None] * z
+        tangent += (root * across)[:, None] * w
         if chain.bias > 0.0:
-            h = h + np.sqrt(chain.bias) * rng.standard_normal(h.shape)
+            h += np.sqrt(chain.bias) * rng.standard_normal(h.shape)
         x, u = np.asarray(chain.phi.value(h)), np.asarray(chain.phi.derivative(h)) * tangent
-        x2, u2, xu = ((a * b).mean(axis=1) for a, b in ((x, x), (u, u), (x, u)))
+        x2, u2, xu = (np.einsum("rn,rn->r", a, b) / n for a, b in ((x, x), (u, u), (x, u)))
     with np.errstate(all="ignore"):
         return np.asarray(np.log(chain.widths[-1] * u2))

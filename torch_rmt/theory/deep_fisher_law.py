@@ -59,33 +59,35 @@ class DeepFisherLaw(NewtonLaw):
         The conditions M_D(w_l) = u_l are triangular, so that the pairs (a, b) are carried up the chain and the last
         condition, on z, gives dw_1.
         """
-        a, b = np.zeros_like(y), np.ones_like(y)
+        # pairs (a, b) of every w, and of u and z as they stand: arrays of two rows cost little more than of one
+        along = np.zeros((len(y), 2, len(z)), dtype=complex)
+        along[0, 1] = 1.0
         with np.errstate(all="ignore"):
             u, above, du = self.steps[0].slopes.transform(y[0])
             end = self.start * above / u
-            u_a, u_b = np.zeros_like(u), du
-            z_a, z_b = np.zeros_like(u), -self.start * du / (u * u)
+            by_u, by_z = along[0] * du, along[0] * (-self.start * du / (u * u))
             for k, step in enumerate(self.steps):
                 w = y[k]
                 if k:
                     value, _, slope = step.slopes.transform(w)
-                    a[k], b[k] = (u - value + u_a) / slope, u_b / slope
+                    np.divide(by_u, slope, out=along[k])
+                    along[k, 0] += (u - value) / slope
                 # the product: gain w u/(1 + u) z, times (1 + u) for Gaussian weights
                 rate = step.gain * w if step.gaussian else step.gain * w / above
-                by_z = rate * u
-                product = by_z * end
-                by_w = product / w
-                by_u = end * (rate if step.gaussian else rate / above)
-                p_a = by_w * a[k] + by_u * u_a + by_z * z_a
-                p_b = by_w * b[k] + by_u * u_b + by_z * z_b
+                partial = rate * u
+                product = partial * end
+                by_z = by_z * partial
+                by_z += along[k] * (product / w)
+                by_z += by_u * (end * (rate if step.gaussian else rate / above))
                 more = step.shift / product
-                less = more * above / product
-                u_a, u_b = u_a * (1.0 + more) - less * p_a, u_b * (1.0 + more) - less * p_b
-                u = u + more * above
+                grown = more * above
+                by_u = by_u * (1.0 + more)
+                by_u -= by_z * (grown / product)
+                u = u + grown
                 above = 1.0 + u
-                end, z_a, z_b = product + step.shift, p_a, p_b
-            first = (z - end - z_a) / z_b
-            return -(a + b * first), b / z_b
+                end = product + step.shift
+            first = (z - end - by_z[0]) / by_z[1]
+            return -(along[:, 0] + along[:, 1] * first), along[:, 1] / by_z[1]
 
     def _far(self, z: Complex[np.ndarray, " points"]) -> Unknowns:
         # u = mean/z at every stage, hence w = mean of D^2 / u; the shift of the last step taken out

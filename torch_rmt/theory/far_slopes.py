@@ -19,6 +19,7 @@ Rule = tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]
 
 _SIZES = (12, 24, 48)
 _DIGITS = 34.0  # -log of the error of a rule: rounding
+_AXES = np.cosh(_DIGITS / 2.0 / np.array(_SIZES[::-1]))  # from where on each rule serves
 _PANEL, _ORDER = 0.3, 14  # in units of the activation, whose own scale is one
 _BENT = 15.0  # beyond, an activation is straight, or turns (a sine) at extrema that are known
 _TURNS = 40  # more extrema than that, as of a sine of huge arguments, and the real axis has no short rule
@@ -55,17 +56,28 @@ class FarNodeLaw(NodeLaw):
         ends = [s for s, _ in self.atoms] + [end for interval in self.ranges for end in interval]
         return min(ends), max(ends)
 
+    def scaled(self, factor: float) -> NodeLaw:
+        """The law of factor * s."""
+        law = super().scaled(factor)
+        real = self.real[0] * factor, self.real[1]
+        return FarNodeLaw(law.nodes, law.weights, law.atoms, law.ranges, law.floor, real)
+
+    def thinned(self, drop: float) -> NodeLaw:
+        """The law of slopes behind a dropout mask."""
+        law, (s, weights) = super().thinned(drop), self.real
+        if drop > 0.0:
+            s, weights = np.append(0.0, s * (1.0 - drop) ** -2), np.append(drop, (1.0 - drop) * weights)
+        return FarNodeLaw(law.nodes, law.weights, law.atoms, law.ranges, law.floor, (s, weights))
+
     def _sizes(self, w: Points) -> Int[np.ndarray, " points"]:
         """For each point the number of the rule that serves; len(_SIZES) where none does."""
         low, high = self._ends
-        with np.errstate(all="ignore"):
-            v = (2.0 * w - (low + high)) / (high - low)
-            log_rho = np.log(np.abs(v + np.sqrt(v - 1.0) * np.sqrt(v + 1.0)))
-        needed = _DIGITS / 2.0 / np.array(_SIZES[::-1])
-        return np.asarray(len(_SIZES) - np.searchsorted(needed, np.nan_to_num(log_rho), side="right"))
+        # (rho + 1/rho)/2 of the ellipse through w is half the sum of the distances from its foci; NaN counts as near
+        axis = np.fmax((np.abs(w - low) + np.abs(w - high)) / (high - low), 0.0)
+        return np.asarray(len(_SIZES) - np.searchsorted(_AXES, axis, side="right"))
 
     def _by_rule(self, w: Points, work: Callable[..., tuple[Points, ...]]) -> tuple[Points, ...]:
-        if len(self.nodes) <= _SIZES[-1]:
+        if len(self.nodes) <= _SIZES[-1] or not len(w):
             return work(self.nodes, self.weights, w)
         size = self._sizes(w)
         near = size == len(_SIZES)

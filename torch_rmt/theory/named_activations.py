@@ -39,7 +39,7 @@ def _gauss(h: Points) -> Points:
 
 def _sech2(h: Points) -> Points:
     # 1 - tanh^2 loses every digit for |h| > 18.
-    e = np.exp(-2 * np.where(np.real(h) < 0, -h, h))
+    e = np.exp(-2 * (np.where(np.real(h) < 0, -h, h) if np.iscomplexobj(h) else np.abs(h)))
     return np.asarray(4 * e / (1 + e) ** 2)
 
 

@@ -14,7 +14,7 @@ from torch_rmt.theory.gaussian import gaussian_rule
 
 Points = Complex[np.ndarray, " points"]
 
-_ONE_BY_ONE = 4  # nodes up to which a loop over them costs less than a table
+_FEW = 4  # nodes up to which complex division costs less than its parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +93,11 @@ def cauchy_sums(
 ) -> tuple[Points, Points, Points]:
     """sum p s / (w - s), sum p w / (w - s), and the derivative of the first."""
     mass = weights * nodes
-    if len(nodes) <= _ONE_BY_ONE:
-        value, inverse, slope = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
-        for s, p, m in zip(nodes, weights, mass, strict=True):
-            part = np.reciprocal(w - s)
-            if m:
-                term = m * part
-                value += term
-                term *= part
-                slope -= term
-            part *= p
-            inverse += part
-        return value, w * inverse, slope
+    if len(nodes) <= _FEW:
+        part = np.reciprocal(w - nodes[:, None])
+        value, inverse = np.stack([mass, weights]).astype(complex) @ part
+        part *= part
+        return value, w * inverse, mass.astype(complex) @ -part
     # 1 / (w - s) = (x - i y) / (x^2 + y^2) by parts: numpy's complex division is four times slower.
     x = np.subtract.outer(w.real, nodes.real)
     y = np.subtract.outer(w.imag, nodes.imag)
