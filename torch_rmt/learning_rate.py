@@ -128,6 +128,6 @@ def suggest_lr(
 
 def largest_eigenvalue(operator: LinearOperator, seed: int = 0) -> TopEigenvalue:
     """Largest algebraic eigenvalue of a symmetric operator, to 1 %."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(operator.device).manual_seed(seed)  # millions of numbers a probe are drawn there
     found = top_eigenvalues(operator, 1, generator, tolerance=_TOLERANCE, end="largest")
     return TopEigenvalue(float(found.values[0]), float(found.residuals[0]), found.matvecs, found.converged)

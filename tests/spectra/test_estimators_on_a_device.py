@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from tests.pretended_device import DEVICE, Pretence, on_device, pretended_device
+from torch_rmt.diagnose.measuring import measure
+from torch_rmt.learning_rate import largest_eigenvalue
 from torch_rmt.operators import GaussNewton, Hessian, Jacobian, LinearOperator
 from torch_rmt.spectra import (
     KPM,
@@ -136,3 +140,21 @@ def test_exact_and_affordable_spectra(on_gpu: Hessian) -> None:
     assert SLQ(2, 3)(J, _generator()).dim == exact(J).dim == 6
     dense = DenseOperator(torch.eye(5, device="cuda"), symmetric=True)
     assert exact(dense).eigenvalues.tolist() == [1.0] * 5
+
+
+@pytest.mark.usefixtures("device")
+def test_what_we_draw_ourselves_is_drawn_on_the_device(on_gpu: Hessian) -> None:
+    """A probe of a hundred million numbers takes seconds on the CPU and some milliseconds there."""
+    drawn: list[str] = []
+    draw = torch.randn
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        drawn.append(torch.device(kwargs.get("device", "cpu")).type)
+        return draw(*args, **kwargs)
+
+    for run in (largest_eigenvalue, measure):
+        drawn.clear()
+        few = mock.patch.multiple("torch_rmt.diagnose.measuring", _DENSE=8, _DEPTH=4, _SAMPLES=1)  # or it is exact
+        with mock.patch("torch.randn", noted), few:
+            run(on_gpu)
+        assert set(drawn) == {"cuda"}

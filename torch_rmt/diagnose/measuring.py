@@ -22,7 +22,7 @@ def measure(operator: LinearOperator, seed: int = 0) -> Spectrum:
     """Exact spectrum of a small operator and of one whose dual is small, a Lanczos estimate of any other."""
     if min(operator.shape) <= _DENSE:
         return exact(operator)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(operator.device).manual_seed(seed)  # millions of numbers a probe are drawn there
     products = _DEPTH * max(1, min(8, _SAMPLES // min(operator.shape)))
     if isinstance(operator, Curvature):
         return affordable_spectrum(operator, generator, products=products)
