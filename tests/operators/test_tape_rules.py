@@ -101,3 +101,19 @@ def test_a_shorter_tape_of_any_walk_plays_the_walk(seed: int) -> None:
                     torch.testing.assert_close(played, true, rtol=1e-11, atol=1e-11)
                 assert all(torch.equal(a, b) for a, b in zip(given, vectors, strict=True))
     assert shorter > 25
+
+
+def test_what_is_nearly_the_same_is_kept_apart() -> None:
+    """Constants in the same memory or with the same ends, the same sum with another factor, transposes of vectors."""
+    a = torch.randn(N, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    near = a.clone().index_fill_(0, torch.tensor([1]), 0.5)
+
+    def walk(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        sums = tuple(torch.add(v[0], v[1], alpha=alpha) for alpha in (1, 2.0, -0.5))
+        return (v[0] @ a, v[0] @ a.t(), v[0] @ near, *sums, v[0].t() + v[1].sum(0).t())
+
+    first, second = torch.randn(2, 2, N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        play = player(simplified(record(walk, tuple(first))[0]))
+        for played, true in zip(play(tuple(second)), walk(tuple(second)), strict=True):
+            torch.testing.assert_close(played, true)
