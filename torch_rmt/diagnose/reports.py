@@ -75,7 +75,7 @@ def hessian_report(
 ) -> Report:
     """Compare the Hessian with the free sum of its two measured parts, H = Gauss-Newton + residual.
 
-    Where the free sum cannot be computed, or the model returns more than a tensor so that there is no Gauss-Newton
+    Where the free sum cannot be computed, or the model returns no plain tensor so that there is no Gauss-Newton
     matrix, the report is without a law and says so. Fact "largest_eigenvalue"
     is converged, unlike the ends of the estimated spectrum; "gauss_newton/largest" and "residual/largest" are the
     largest sizes that the estimates of the parts found.
@@ -86,7 +86,7 @@ def hessian_report(
     except TypeError as error:
         if _ONE_TENSOR not in str(error):
             raise
-        reason = "the model returns more than one tensor, so there is no Gauss-Newton part"
+        reason = "the model returns no plain tensor, so there is no Gauss-Newton part"
         whole = measure(hessian, seed)
         report = compare(whole, None, name=name, facts=_top(hessian, whole, seed), reason=reason)
         return replace(report, verdict=report.verdict + _top_in_words(report.facts))
@@ -129,7 +129,7 @@ def curvature_report(
             raise
         operator = Fisher(model, loss, batch, kind="empirical")
         spectrum = measure(operator, seed)
-        why = "the loss is no likelihood that we know" if unknown else "the model returns more than one tensor"
+        why = "the loss is no likelihood that we know" if unknown else "the model returns no plain tensor"
         reason = f"{why}, so this is the empirical Fisher matrix"
         note = f"{reason[0].upper()}{reason[1:]}."
     facts = _top(operator, spectrum, seed)
