@@ -19,6 +19,7 @@ from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.chain_kind import Kind
 from torch_rmt.theory.chain_parts import Term
 from torch_rmt.theory.equal_layers import EqualLayers
+from torch_rmt.theory.far_slopes import far_slope_law
 from torch_rmt.theory.jacobian_law import Solver
 from torch_rmt.theory.like_blocks import gathered
 from torch_rmt.theory.like_layers import representative_moments
@@ -232,7 +233,10 @@ def collect(architecture: Architecture, signals: tuple[Signal, ...]) -> Factors:
     return _collected(architecture.layers, signals, order=28 if len(architecture.layers) == 1 else 14)
 
 
-def _collected(layers: tuple[Layer | Residual, ...], signals: tuple[Signal, ...], order: int) -> Factors:
+def _collected(
+    layers: tuple[Layer | Residual, ...], signals: tuple[Signal, ...], order: int, *, on_axis: bool = False
+) -> Factors:
+    """Factors of a chain; `on_axis` for one that will mostly be asked on the real axis, off its laws, as branches."""
     factors, first = Factors(), layers[0].n_in
     alike: dict[tuple[int, float, float], tuple[Activation | None, list[float]]] = {}
     blocks: dict[float, list[tuple[Residual, BlockSignal]]] = {}
@@ -260,7 +264,7 @@ def _collected(layers: tuple[Layer | Residual, ...], signals: tuple[Signal, ...]
             qs = [1.0] * len(qs)  # the slopes do not depend on q
         rule = _counted(qs) if piecewise_linear else representative_moments(tuple(qs))
         for q, count in rule:
-            law = slope_law(activation, q, order=order).thinned(dropout)
+            law = (far_slope_law if on_axis else slope_law)(activation, q, order=order).thinned(dropout)
             factors.add_law(law, scale, count)
             if not piecewise_linear:
                 factors.log_scale -= count * float(np.log(slope_moment(activation, q)))
@@ -271,7 +275,7 @@ def _collected(layers: tuple[Layer | Residual, ...], signals: tuple[Signal, ...]
 
 def residual_block(block: Residual, signal: BlockSignal) -> Block:
     """The part that a residual block adds to a chain of its own width."""
-    branch = _collected(block.branch, signal.branch, order=14)
+    branch = _collected(block.branch, signal.branch, order=14, on_axis=True)
     return Block(branch.chain(), branch.log_scale, _shortcut(block, signal.shortcut), 1.0, 1.0, branch.moments())
 
 
