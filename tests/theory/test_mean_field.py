@@ -171,6 +171,17 @@ def test_kinds(name: str, kind: str) -> None:
     assert bool(point.advice) == (kind == "none")
 
 
+@pytest.mark.parametrize(("name", "why"), [("softplus", "negative"), ("relu_squared", "not return")])
+def test_no_advice_leads_in_a_circle(name: str, why: str) -> None:
+    phi, point = as_activation(name), critical_point(name)
+    assert "No q_star serves" in point.advice
+    assert why in point.advice
+    for q in np.logspace(-4, 4, 9):
+        assert critical_point(name, q_star=float(q)).kind == "none"
+        bias, slope = critical_curve(phi, q)[1], critical_point(name, q_star=float(q)).slope_q
+        assert (bias < 0) if why == "negative" else (slope > 1)
+
+
 @pytest.mark.parametrize("name", ["tanh", "erf", "hard_tanh", "gelu", "silu", "sigmoid"])
 def test_critical_points_are_critical(name: str) -> None:
     phi = as_activation(name)

@@ -230,10 +230,11 @@ def _natural(phi: Activation) -> CriticalPoint:
     if half is not None:
         return half
     nan = float("nan")
-    advice = (
-        f"{phi.name} has neither a critical line that starts at sigma_b = 0 nor a half-stable point. Ask with "
-        "critical_point(activation, q_star=...), or add a normalisation layer."
-    )
+    way = "Ask with critical_point(activation, q_star=...), or add a normalisation layer."
+    if _at(phi, 1.0).kind == "none":  # sigma_b^2 has no zero over q, so that one q says its sign at all
+        why = "sigma_b^2 would be negative" if critical_curve(phi, 1.0)[1] < 0 else "signals would not return to it"
+        way = f"No q_star serves: {why}. Add a normalisation layer or take another activation."
+    advice = f"{phi.name} has neither a critical line that starts at sigma_b = 0 nor a half-stable point. {way}"
     return CriticalPoint(nan, nan, nan, nan, nan, "none", advice)
 
 
