@@ -289,19 +289,22 @@ def test_a_real_lack_of_memory_with_several_batches() -> None:
         x, y = torch.randn(12000, 4).double(), torch.randn(12000, 1).double()
         sizes = [5000, 4000, 3000]
         v = torch.randn(sum(p.numel() for p in net.parameters()), 2).double()
-        for kind, rooms in ((Hessian, (1000, 80, 35)), (GaussNewton, (1000, 30))):
-            for room in rooms:
+        for kind, rooms in ((Hessian, (1000, 80, 35, 25, 20)), (GaussNewton, (1000, 30, 22, 16, 12))):
+            said = ""
+            for room in rooms:  # how much fits into a room depends on what the allocator holds: smaller until it is cut
                 H = kind(net, nn.MSELoss(), list(zip(x.split(sizes), y.split(sizes))))
                 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (size + room * 2**20, -1))
                 image = H.matmat(v)
                 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-                if room == 1000:
-                    expected = image
-                if room != 80:
-                    assert (room < 80) == any("out of memory" in note for note in H.notes), (kind, room, H.notes)
+                expected = image if room == 1000 else expected
                 torch.testing.assert_close(image, expected, rtol=1e-9, atol=1e-12)
-                print(kind.__name__, room, H.notes)
+                said = " ".join(n for n in H.notes if "out of memory" in n or "cut" in n)
+                assert not (said and room == 1000), said
+                print(kind.__name__, room, said)
+                if "are cut into parts" in said or (said and kind is GaussNewton):
+                    break
+            assert said
     """
     # Buffers go back to the system when they are freed, so that each round starts from the same size.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}

@@ -164,6 +164,8 @@ class Curvature(SymmetricOfModel):
 
     def matmat(self, V: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
         """Multiply by the k columns of V, in blocks; out of memory, in the next smaller way."""
+        if V.shape[1] == 0:
+            return V.clone()
         width = self._at_once(V.shape[1])
         if V.shape[1] <= width:
             return self._in_memory(V.detach().T.contiguous()).T
