@@ -15,7 +15,8 @@ from torch_rmt.compare import Report
 from torch_rmt.compare.verdict import AGREES_UP_TO, WHY_ANOTHER_SHAPE
 from torch_rmt.describe import describe_between
 from torch_rmt.operators import GaussNewton, output_factors
-from torch_rmt.theory import Architecture, Layer, wide_kernel
+from torch_rmt.theory import Architecture, wide_kernel
+from torch_rmt.theory.architecture import plain_layers
 
 _MOST_SAMPLES = 1024  # the kernels of a layer are matrices over the samples
 _MOST_FACTORS = 2**25  # numbers in the square root of the loss's curvature
@@ -113,11 +114,9 @@ def beside_a_wide_network(report: Report, scale: WideScale, *, note: str = "") -
 
 def _biases(model: nn.Module, architecture: Architecture, parameters: int) -> list[bool]:
     """Which layers have biases; with the weights they must be all that is differentiated."""
-    if not all(isinstance(layer, Layer) for layer in architecture.layers):
-        raise ValueError("it has residual blocks")
-    modules = dict(model.named_modules())
-    has = [isinstance(getattr(modules.get(layer.name), "bias", None), Tensor) for layer in architecture.layers]
-    counted = sum(layer.n_out * (layer.n_in + bias) for layer, bias in zip(architecture.layers, has, strict=True))
+    layers, modules = plain_layers(architecture), dict(model.named_modules())
+    has = [isinstance(getattr(modules.get(layer.name), "bias", None), Tensor) for layer in layers]
+    counted = sum(layer.n_out * (layer.n_in + bias) for layer, bias in zip(layers, has, strict=True))
     if counted != parameters:
         raise ValueError(
             f"{parameters} parameters are differentiated, but the dense layers that were read have {counted}: weights "

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from torch_rmt.operators.base import LinearOperator
 from torch_rmt.operators.batches import Batch
-from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian, flat
+from torch_rmt.operators.curvature import Curvature, GaussNewton, Hessian
 from torch_rmt.operators.engines import Tensors, stacked
 from torch_rmt.operators.memory import KEPT_OVER_FORWARD
 from torch_rmt.operators.pure import select
 from torch_rmt.operators.tape_rules import Pool
-from torch_rmt.operators.taped import rows_of, taped
+from torch_rmt.operators.taped import taped
 
 
 def layer_blocks(
@@ -184,7 +184,7 @@ class _Block(_Part):
         rows = torch.split(V.detach().T, self.sizes, dim=1)
         with self.whole.pure.light():
             pieces = self.many(tuple(p.reshape(len(p), *s) for p, s in zip(rows, shapes, strict=True)))
-        return (rows_of if self.whole.on_tape else flat)(pieces).T
+        return self.whole.rows_of(pieces).T
 
     def _product(self) -> Callable[[Tensors], Tensors]:
         """From a tape where the whole operator, which has multiplied by now, uses one; the tape lets the graphs go."""

@@ -204,7 +204,7 @@ class Curvature(SymmetricOfModel):
             product, share = self._product(index), self.share(batch)
             width = self._together(rows.shape[0], first=index == 0)
             if index == 0 and rows.shape[0] <= width:
-                total = self._flat(product(rows))
+                total = self.rows_of(product(rows))
                 if share != 1.0:
                     total.mul_(share)
                 continue
@@ -216,7 +216,7 @@ class Curvature(SymmetricOfModel):
                     if share != 1.0:
                         total[block].mul_(share)
                 else:
-                    total[block].add_(self._flat(product(rows[block])), alpha=share)
+                    total[block].add_(self.rows_of(product(rows[block])), alpha=share)
         assert total is not None  # there is a batch
         return total
 
@@ -226,7 +226,7 @@ class Curvature(SymmetricOfModel):
             return columns
         return self.chunk if self._choice is not None and self._choice.block == "vmap" else 1
 
-    def _flat(self, pieces: Tensors) -> Tensor:
+    def rows_of(self, pieces: Tensors) -> Tensor:
         """Rows of parameter-shaped tensors; a tape's results are memory of their own, other engines' may be V's."""
         return rows_of(pieces) if self.on_tape else flat(pieces)
 

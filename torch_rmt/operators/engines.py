@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from torch_rmt.guard import full_precision
+from torch_rmt.operators.tape import length
 from torch_rmt.operators.taped import taped
 
 Tensors = tuple[Tensor, ...]
@@ -151,9 +152,7 @@ def forward_mode(f: Differentiable, block: Block) -> Products:
 def _step(point: Tensors, v: Tensors) -> float:
     """Central differences lose least at `eps^(1/3)` relative to point and direction."""
     eps = torch.finfo(point[0].dtype).eps ** (1 / 3)
-    norm = float(torch.stack([t.norm() for t in v]).norm())
-    size = float(torch.stack([t.norm() for t in point]).norm())
-    return float(eps * (1.0 + size) / max(norm, 1e-30))
+    return float(eps * (1.0 + float(length(point))) / max(float(length(v)), 1e-30))
 
 
 def _moved(point: Tensors, v: Tensors, h: float) -> Tensors:
@@ -245,8 +244,7 @@ def differences_second(f: Differentiable, block: Block) -> Products:
 
 def _consistent(fine: Tensors, coarse: Tensors) -> Tensors:
     """The finer of two difference quotients, if they agree; error h^2 makes them differ by 3 errors."""
-    gap = torch.stack([(a - b).norm() for a, b in zip(fine, coarse, strict=True)]).norm()
-    size = torch.stack([a.norm() for a in fine]).norm()
+    gap, size = length(tuple(a - b for a, b in zip(fine, coarse, strict=True))), length(fine)
     tolerance = 0.02 if fine[0].dtype == torch.float32 else 1e-3
     if gap > tolerance * size and size > 0:
         raise EngineError(

@@ -28,6 +28,7 @@ from torch_rmt.operators.engines import (
     unguarded,
 )
 from torch_rmt.operators.memory import is_out_of_memory
+from torch_rmt.operators.tape import length
 from torch_rmt.operators.taped import taped
 
 Engine = tuple[str, Callable[[Differentiable, Block], Products]]
@@ -290,11 +291,6 @@ def _flat(block: Tensors) -> Tensor:
     return torch.cat([t.flatten() for t in block])
 
 
-def _length(block: Tensors) -> Tensor:
-    length: Tensor = torch.stack([t.norm() for t in block]).norm()
-    return length
-
-
 def _gap(a: Tensor, b: Tensor) -> float:
     scale = max(float(a.norm()), float(b.norm()))
     return float((a - b).norm()) / scale if scale > 0 else 0.0
@@ -315,7 +311,7 @@ def _adjoint_gap(f: Differentiable, products: Products, v: Tensors) -> float:
     left = sum(float((a.double() * b.double()).sum()) for a, b in zip(u, image, strict=True))
     right = sum(float((a.double() * b.double()).sum()) for a, b in zip(back, v, strict=True))
     # A random u meets a random error of size e in |u| e / sqrt(n), so that is the unit, not |u| |Av|.
-    size = float(_length(u) * _length(image)) / sum(t.numel() for t in u) ** 0.5
+    size = float(length(u) * length(image)) / sum(t.numel() for t in u) ** 0.5
     # Both sides count: a backward that is cut off gives an image of zero.
     scale = max(size, abs(left), abs(right))
     return abs(left - right) / scale if scale > 0 else 0.0

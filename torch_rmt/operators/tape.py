@@ -80,6 +80,12 @@ class Program:
         return replace(self, steps=tuple(reversed(kept)))
 
 
+def length(tensors: Tensors) -> Tensor:
+    """Euclidean norm of some tensors together."""
+    norm: Tensor = torch.stack([t.norm() for t in tensors]).norm()
+    return norm
+
+
 def leaves(tree: Any) -> list[Any]:
     """All that is in nested tuples and lists."""
     if isinstance(tree, (tuple, list)):

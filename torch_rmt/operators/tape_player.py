@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from torch_rmt.operators.tape import Program, Step, TapeError, Tensors, Value, leaves, mapped
+from torch_rmt.operators.tape_rules import IN_PLACE
 
 _aten = torch.ops.aten
 _OUT = {_aten.mm.default: _aten.mm.out, _aten.addmm.default: _aten.addmm.out}
-_IN_PLACE = {_aten.addmm_.default, _aten.addcmul_.default, _aten.add_.Tensor, _aten.mul_.Tensor, _aten.mul_.Scalar}
 
 
 def player(program: Program) -> Callable[..., Tensors]:
@@ -76,7 +76,7 @@ def _placed(program: Program) -> dict[int, int]:
     found: dict[int, int] = {}
     for output, value in enumerate(program.outputs):
         made = maker.get(value.index) if isinstance(value, Value) else None
-        while made is not None and made[1].function in _IN_PLACE and isinstance(made[1].args[0], Value):
+        while made is not None and made[1].function in IN_PLACE and isinstance(made[1].args[0], Value):
             made = maker.get(made[1].args[0].index)
         if made is not None and made[1].function in _OUT:
             found.setdefault(made[0], output)

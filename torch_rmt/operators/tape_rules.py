@@ -44,7 +44,8 @@ _OVER = {
     _MUL: _aten.mul_.Tensor,
     _SCALE: _aten.mul_.Scalar,
 }
-_NEW = {*_SUMMED, *_OVER, *_OVER.values(), _aten._softmax_backward_data.default, _aten.clone.default}
+IN_PLACE = frozenset(_OVER.values())
+_NEW = {*_SUMMED, *_OVER, *IN_PLACE, _aten._softmax_backward_data.default, _aten.clone.default}
 
 
 class Pool:

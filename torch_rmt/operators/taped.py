@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torch_rmt.operators.memory import is_out_of_memory
-from torch_rmt.operators.tape import Tensors, record
+from torch_rmt.operators.tape import Tensors, length, record
 from torch_rmt.operators.tape_player import player
 from torch_rmt.operators.tape_rules import Pool, simplified
 
@@ -64,9 +64,8 @@ def _recorded(
             raise
         return walking
     allowed = _ROUNDING.get(walked[0].dtype, 1e-3)
-    gap = torch.stack([(a[0] - b).norm() for a, b in zip(played, walked, strict=True)]).norm()
-    size = torch.stack([b.norm() for b in walked]).norm()
-    return playing if bool(gap <= allowed * size) else walking
+    gap = length(tuple(a[0] - b for a, b in zip(played, walked, strict=True)))
+    return playing if bool(gap <= allowed * length(walked)) else walking
 
 
 def _walking(one: Callable[[Tensors], Tensors]) -> Callable[[Sequence[Tensors]], Tensors]:
