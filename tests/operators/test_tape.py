@@ -120,9 +120,17 @@ def test_rules_on_their_own() -> None:
     assert names(lambda v: (v[0] * a - 2.0 * (v[0] @ b),)) == ["mul", "addmm_"]
     assert names(lambda v: ((v[0] * a).sum(0) + (v[0] * a).sum(0),)) == ["mul", "sum", "add"]
     assert names(lambda v: (v[0] @ a, v[0] @ a)) == ["mm"]
-    # An output, and what is read twice, is not written over.
-    twice = lambda v: (lambda m: (m, m + v[0]))(v[0] @ a)  # noqa: E731
-    assert names(twice) == ["mm", "add"]
+    assert names(lambda v: (torch.addmm(v[0][0].expand(4, 4), v[0], a),)) == ["select", "mm", "add_"]
+    assert names(lambda v: ((v[0] @ a).sum(0, keepdim=True).reshape(4),)) == ["mm", "sum"]
+    kept = lambda v: (lambda s: (s.reshape(4), s @ b))((v[0] @ a).sum(0, keepdim=True))  # noqa: E731
+    assert names(kept) == ["mm", "sum", "reshape", "mm"]
+    # What is read twice is written over by its last reader, sums are formed as soon as they can be.
+    assert names(lambda v: (lambda m: (m * b, m * c, m.sum(0)))(v[0] @ a)) == ["mm", "sum", "mul", "mul_"]
+    assert names(lambda v: (lambda m: (m + m @ b,))(v[0] @ a)) == ["mm", "addmm"]
+    # An output, and what something else looks at, are not written over.
+    assert names(lambda v: (lambda m: (m, m + v[0]))(v[0] @ a)) == ["mm", "add"]
+    assert names(lambda v: (lambda m: (m.t(), m * b))(v[0] @ a)) == ["mm", "t", "mul"]
+    assert names(lambda v: (lambda m, t: (m * b, t @ c))(*(lambda m: (m, m.t()))(v[0] @ a))) == ["mm", "t", "mul", "mm"]
     # Memory in which somebody else looks is not written to.
     with pytest.raises(TapeError, match="another tensor looks"):
         _program(lambda v: (lambda m: (m[0], m.mul_(2.0)))(v[0] @ a), (4, 4))

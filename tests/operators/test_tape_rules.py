@@ -25,6 +25,7 @@ def _drawn(seed: int) -> Walk:
     constants.append(constants[0].clone())  # the same numbers elsewhere
     constants.append(constants[0].clone().index_fill_(0, torch.tensor([1]), 0.5))  # and nearly the same
     slope = torch.randn(N, N, generator=generator, dtype=torch.float64)
+    logs = slope.log_softmax(1)
     aten = torch.ops.aten
     steps: list[tuple[str, int, int, int, float]] = []
     kinds = [
@@ -43,6 +44,7 @@ def _drawn(seed: int) -> Walk:
         "slope",
     ]
     kinds += ["bmm", "add", "sub", "mul", "scalar", "sum", "zero", "grown", "tall", "spread", "row", "over row"]
+    kinds += ["softmax", "bias", "weighed bias", "sum flat", "sum both"]
     for place in range(draw.randint(6, 14)):
         values = place + 2
         near = draw.randrange(max(0, values - 3), values)
@@ -77,6 +79,11 @@ def _drawn(seed: int) -> Walk:
                     "spread": lambda a=a: a.t() + a.sum(0, keepdim=True).t(),
                     "row": lambda a=a, k=constant: a + a.sum(0, keepdim=True) @ k,
                     "over row": lambda a=a, k=constant: a.sum(0, keepdim=True) @ k + a,
+                    "softmax": lambda a=a: aten._log_softmax_backward_data(a, logs, -1, torch.float64),
+                    "bias": lambda a=a, k=constant: torch.addmm(a.sum(0).reshape(1, N).expand(N, N), a, k),
+                    "weighed bias": lambda a=a, k=constant: torch.addmm(a.sum(0).expand(N, N), a, k, beta=2.0),
+                    "sum flat": lambda a=a: a + a.sum(0, keepdim=True).reshape(N),
+                    "sum both": lambda a=a: a + a.sum([0, 1], keepdim=True).reshape(1),
                     "zero": lambda a=a: a + torch.zeros(N, N, dtype=torch.float64),
                 }[kind]()
             )

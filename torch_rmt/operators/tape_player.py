@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from torch_rmt.operators.tape import Program, Step, TapeError, Tensors, Value, leaves, mapped
-from torch_rmt.operators.tape_rules import IN_PLACE
+from torch_rmt.operators.tape_memory import IN_PLACE
 
 _aten = torch.ops.aten
-_OUT = {_aten.mm.default: _aten.mm.out, _aten.addmm.default: _aten.addmm.out}
+_OUT = {
+    _aten.mm.default: _aten.mm.out,
+    _aten.addmm.default: _aten.addmm.out,
+    _aten.sum.dim_IntList: _aten.sum.IntList_out,
+}
 
 
 def player(program: Program) -> Callable[..., Tensors]:

@@ -1,7 +1,7 @@
 """Rules that make a tape shorter: fewer passes over memory for the same product.
 
 All hold for any vector, because the product is linear in it: an elementwise slope is a constant factor, factors in
-a row are one, a sum with a matrix product is one call, and a result that nobody else reads is written over.
+a row are one, a sum with a matrix product is one call.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from torch_rmt.operators.tape import Program, Step, Value, mapped
+from torch_rmt.operators.tape_memory import biases, early_sums, written_over
+from torch_rmt.operators.tape_rewriting import Rewriter, each
 
 _aten = torch.ops.aten
 # Sums that are formed in another order may lie otherwise in memory, where `view` would refuse.
 _T, _TRANSPOSE, _VIEW = _aten.t.default, _aten.transpose.int, _aten.reshape.default
 _ADD, _SUB, _MUL = _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor
-_SCALE = _aten.mul.Scalar
+_SCALE, _SUM, _ADDCMUL = _aten.mul.Scalar, _aten.sum.dim_IntList, _aten.addcmul.default
 # f(gradient, other tensors), linear in the gradient, entry by entry.
 _SLOPES = {
     _aten.tanh_backward.default,
@@ -35,17 +37,6 @@ _SLOPES = {
     _aten.leaky_relu_backward.default,
 }
 _SUMMED = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _aten.baddbmm.default}
-# Operations that make new memory, and those among them that may write their result over their first argument.
-_OVER = {
-    _aten.addmm.default: _aten.addmm_.default,
-    _aten.baddbmm.default: _aten.baddbmm_.default,
-    _aten.addcmul.default: _aten.addcmul_.default,
-    _ADD: _aten.add_.Tensor,
-    _MUL: _aten.mul_.Tensor,
-    _SCALE: _aten.mul_.Scalar,
-}
-IN_PLACE = frozenset(_OVER.values())
-_NEW = {*_SUMMED, *_OVER, *IN_PLACE, _aten._softmax_backward_data.default, _aten.clone.default}
 
 
 class Pool:
@@ -68,66 +59,16 @@ class Pool:
 def simplified(program: Program, pool: Pool | None = None) -> Program:
     """The same product in fewer operations; equal constants, here and in other tapes with this pool, are one."""
     pool = Pool() if pool is None else pool
-    for rule in (_factors_named, _views, _shared(pool), _factors, _shared(pool), _sums, _written_over):
+    algebra = (_factors_named, _views, _shared(pool), _factors, _shared(pool), _sums)
+    for rule in (*algebra, biases, early_sums, written_over):
         program = rule(program).without_waste()
     return program
-
-
-class _Rewriter:
-    """Steps that are read in order and written anew; `same` says which value stands for another."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.steps: list[Step] = []
-        self.same: dict[int, Any] = {}
-        self.maker: dict[int, Step] = {}
-        self.count = program.uses()
-        self.next = 1 + max([program.inputs - 1, *(r for s in program.steps for r in s.results)])
-
-    def current(self, a: Any) -> Any:
-        return self.same.get(a.index, a) if isinstance(a, Value) else a
-
-    def renamed(self, step: Step) -> Step:
-        if not self.same:
-            return step
-        kwargs = {key: mapped(a, self.current) for key, a in step.kwargs.items()}
-        return replace(step, args=mapped(step.args, self.current), kwargs=kwargs)
-
-    def keep(self, step: Step) -> None:
-        self.steps.append(step)
-        for r in step.results:
-            self.maker[r] = step
-
-    def made_by(self, a: Any) -> Step | None:
-        return self.maker.get(a.index) if isinstance(a, Value) else None
-
-    def once(self, a: Any) -> bool:
-        """Whether a value has one reader only."""
-        return isinstance(a, Value) and self.count.get(a.index, 0) == 1
-
-    def fresh(self) -> int:
-        self.next += 1
-        return self.next - 1
-
-    def done(self) -> Program:
-        outputs = tuple(self.current(o) for o in self.program.outputs)
-        return replace(self.program, steps=tuple(self.steps), outputs=outputs)
-
-
-def _each(program: Program, rule: Callable[[_Rewriter, Step], Step | None]) -> Program:
-    """Apply a rule to every step in order; it returns the step to keep, or None after naming a substitute."""
-    work = _Rewriter(program)
-    for step in program.steps:
-        kept = rule(work, work.renamed(step))
-        if kept is not None:
-            work.keep(kept)
-    return work.done()
 
 
 def _factors_named(program: Program) -> Program:
     """Slopes, quotients and negatives as products with a constant; differences as sums."""
 
-    def rule(work: _Rewriter, step: Step) -> Step | None:
+    def rule(work: Rewriter, step: Step) -> Step | None:
         f, args = step.function, step.args
         if f is _aten.view.default:
             return replace(step, function=_VIEW)
@@ -135,6 +76,11 @@ def _factors_named(program: Program) -> Program:
             like = next(a for a in args[1:] if isinstance(a, Tensor))
             ones = torch.ones(step.shape, dtype=like.dtype, device=like.device)
             return replace(step, function=_MUL, args=(args[0], f(ones, *args[1:])))
+        if f is _aten._log_softmax_backward_data.default and isinstance(args[1], Tensor):
+            gradient, output, dim = args[:3]  # gradient - softmax * sum of the gradient
+            total = (*step.shape[: dim % len(step.shape)], 1, *step.shape[dim % len(step.shape) + 1 :])
+            work.keep(replace(step, function=_SUM, args=(gradient, [dim], True), results=(work.fresh(),), shape=total))
+            return replace(step, function=_ADDCMUL, args=(gradient, Value(work.next - 1), -output.exp()))
         if f is _MUL and not isinstance(args[1], (Value, Tensor)):
             return replace(step, function=_SCALE)
         if f is _aten.div.Scalar or (f is _aten.div.Tensor and not isinstance(args[1], (Value, Tensor))):
@@ -154,13 +100,13 @@ def _factors_named(program: Program) -> Program:
                 return None
         return step
 
-    return _each(program, rule)
+    return each(program, rule)
 
 
 def _views(program: Program) -> Program:
     """Transposes that cancel, views of views, transposes on both sides of a sum."""
 
-    def rule(work: _Rewriter, step: Step) -> Step | None:
+    def rule(work: Rewriter, step: Step) -> Step | None:
         f, args = step.function, step.args
         before = work.made_by(args[0]) if args else None
         if f is _T and before is not None and before.function is _T:
@@ -169,6 +115,11 @@ def _views(program: Program) -> Program:
         if f is _TRANSPOSE and before is not None and before.function is _TRANSPOSE and _dims(step) == _dims(before):
             work.same[step.results[0]] = before.args[0]
             return None
+        if f is _VIEW and before is not None and before.function is _SUM and before.args[2:] == (True,):
+            summed = {d % len(before.shape) for d in before.args[1]}
+            rest = tuple(n for d, n in enumerate(before.shape) if d not in summed)
+            if work.once(args[0]) and step.shape == rest:
+                return replace(before, args=(*before.args[:2], False), results=step.results, shape=rest)
         if f is _VIEW and before is not None:
             if before.shape == step.shape:
                 work.same[step.results[0]] = args[0]
@@ -187,7 +138,7 @@ def _views(program: Program) -> Program:
                 return replace(step, function=_T, args=(Value(work.next - 1),), kwargs={})
         return step
 
-    return _each(program, rule)
+    return each(program, rule)
 
 
 def _dims(step: Step) -> set[int]:
@@ -217,7 +168,7 @@ def _shared(pool: Pool) -> Callable[[Program], Program]:
                 seen[place] = pool.one_of(a)
             return seen[place]
 
-        def rule(work: _Rewriter, step: Step) -> Step | None:
+        def rule(work: Rewriter, step: Step) -> Step | None:
             step = replace(step, args=mapped(step.args, constant))
             key = (step.function, _key(step.args), tuple((k, _key(v)) for k, v in sorted(step.kwargs.items())))
             if key in made:
@@ -226,7 +177,7 @@ def _shared(pool: Pool) -> Callable[[Program], Program]:
             made[key] = step.results
             return step
 
-        return _each(program, rule)
+        return each(program, rule)
 
     return run
 
@@ -234,7 +185,7 @@ def _shared(pool: Pool) -> Callable[[Program], Program]:
 def _factors(program: Program) -> Program:
     """Factors in a row are one factor."""
 
-    def rule(work: _Rewriter, step: Step) -> Step:
+    def rule(work: Rewriter, step: Step) -> Step:
         while step.function in (_MUL, _SCALE) and not step.kwargs and work.once(step.args[0]):
             before = work.made_by(step.args[0])
             if before is None or before.function not in (_MUL, _SCALE) or isinstance(before.args[1], Value):
@@ -246,13 +197,13 @@ def _factors(program: Program) -> Program:
             step = replace(step, function=function, args=(before.args[0], factor))
         return step
 
-    return _each(program, rule)
+    return each(program, rule)
 
 
 def _sums(program: Program) -> Program:
     """A sum with a matrix product, or with a multiple, is one operation."""
 
-    def rule(work: _Rewriter, step: Step) -> Step:
+    def rule(work: Rewriter, step: Step) -> Step:
         if step.function is not _ADD or not all(isinstance(a, (Value, Tensor)) for a in step.args):
             return step
         alpha = step.kwargs.get("alpha", 1)
@@ -274,32 +225,10 @@ def _sums(program: Program) -> Program:
             if made is None or not work.once(term) or beta != 1 or made.kwargs:
                 continue
             if made.function is _MUL and isinstance(made.args[1], Tensor):
-                return replace(step, function=_aten.addcmul.default, args=(other, *made.args), kwargs={"value": weight})
+                return replace(step, function=_ADDCMUL, args=(other, *made.args), kwargs={"value": weight})
             if made.function is _SCALE:
                 weight = weight * made.args[1]
                 return rule(work, replace(step, args=(other, made.args[0]), kwargs={"alpha": weight}))
         return step
 
-    return _each(program, rule)
-
-
-def _written_over(program: Program) -> Program:
-    """The result takes the place of its first argument, where that is read by nothing else."""
-
-    def rule(work: _Rewriter, step: Step) -> Step:
-        if step.function not in _OVER:
-            return step
-        sides = [step.args[0]]
-        if step.function is _ADD and step.kwargs.get("alpha", 1) == 1:
-            sides.append(step.args[1])
-        for side in sides:
-            made = work.made_by(side)
-            if made is None or not work.once(side) or made.function not in _NEW:
-                continue
-            if (made.shape, made.dtype) != (step.shape, step.dtype):
-                continue
-            args = step.args if side is step.args[0] else (side, step.args[0])
-            return replace(step, function=_OVER[step.function], args=args)
-        return step
-
-    return _each(program, rule)
+    return each(program, rule)
