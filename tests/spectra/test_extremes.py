@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.spectra.prescribed import MATRIX_SPECTRA, generator, symmetric_matrix, symmetric_operator
-from torch_rmt.spectra import DenseOperator, top_eigenvalues
-from torch_rmt.spectra.extremes import End
+from torch_rmt.spectra import DenseOperator, thick_restart, top_eigenvalues
+from torch_rmt.spectra.thick_restart import End
 
 
 def wanted(values: np.ndarray, k: int, end: End) -> np.ndarray:
@@ -117,3 +118,85 @@ def test_bad_requests_and_products() -> None:
     bad.symmetric = True
     with pytest.raises(ValueError, match="not finite"):
         top_eigenvalues(bad, 1, generator(0))
+
+
+class _Counting(DenseOperator):
+    """A matrix that notes how many columns each product has, and becomes another one after so many."""
+
+    def __init__(self, matrix: Tensor, later: Tensor | None = None, after: int = 10**9) -> None:
+        super().__init__(matrix, symmetric=True)
+        self.later, self.after = later, after
+        self.columns: list[int] = []
+
+    def matmat(self, V: Tensor) -> Tensor:
+        self.columns.append(V.shape[1])
+        if self.later is not None and sum(self.columns) > self.after:
+            return self.later @ V
+        return super().matmat(V)
+
+
+@pytest.mark.parametrize("name", ["flat", "spike", "pairs"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_residuals_are_those_of_the_operator_and_every_product_is_counted(
+    name: str, dtype: torch.dtype, k: int
+) -> None:
+    for seed in range(3):
+        matrix = symmetric_matrix(MATRIX_SPECTRA[name], seed)
+        operator = _Counting(matrix.to(dtype))
+        found = top_eigenvalues(operator, k, generator(seed), tolerance=1e-3)
+        assert found.matvecs == sum(operator.columns)
+        vectors = found.vectors.double()
+        true = (matrix @ vectors - vectors * torch.from_numpy(found.values)).norm(dim=0).numpy()
+        rounding = 30 * torch.finfo(dtype).eps * np.abs(MATRIX_SPECTRA[name]).max()
+        assert (found.residuals >= true - rounding).all()
+        assert (found.residuals <= true + rounding).all()
+
+
+def test_one_product_puts_all_pairs_to_the_test() -> None:
+    matrix = symmetric_matrix(np.concatenate([[9.0, 8.0, 7.0, 6.0, 5.0], np.linspace(-1, 1, 300)]), 0)
+    operator = _Counting(matrix)
+    assert top_eigenvalues(operator, 5, generator(0)).converged
+    assert set(operator.columns) == {1}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("wrong", range(3))
+@pytest.mark.parametrize("size", [0.5, 4e-4])
+def test_products_that_do_not_repeat_are_found_out(seed: int, wrong: int, size: float) -> None:
+    """The operator changes in one eigendirection after the search: residuals are those of what it has become."""
+    matrix = symmetric_matrix(np.concatenate([[9.0, 8.0, 7.0], np.linspace(-1, 1, 60)]), seed)
+    search = top_eigenvalues(_Counting(matrix), 3, generator(seed)).matvecs - 1
+    directions = torch.linalg.eigh(matrix).eigenvectors
+    turned = size * torch.outer(directions[:, 5], directions[:, -1 - wrong])
+    other = matrix + turned + turned.T
+    operator = _Counting(matrix, other, search)
+    found = top_eigenvalues(operator, 3, generator(seed))
+    true = (other @ found.vectors - found.vectors * torch.from_numpy(found.values)).norm(dim=0).numpy()
+    assert true[wrong] > 0.9 * size
+    if size > 0.01:  # each pair gets a product of its own
+        assert not found.converged
+        np.testing.assert_allclose(found.residuals, true, rtol=1e-9)
+    else:  # within what is allowed, and stated
+        assert operator.columns[-1] == 1
+        assert (found.residuals >= true * (1 - 1e-9)).all()
+
+
+def test_the_search_ends_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks are rare, but by the rate seen so far the end is met within a product or so."""
+
+    def products() -> int:
+        return sum(top_eigenvalues(symmetric_operator("flat", s), 3, generator(s)).matvecs for s in range(10))
+
+    found = products()
+    monkeypatch.setattr(thick_restart, "_PRODUCTS_BETWEEN_LOOKS", 1)
+    assert found <= products() + 5  # four at a time would be 15 in the mean
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_values_of_float32_are_good_to_its_rounding(seed: int) -> None:
+    """The error of a Rayleigh quotient is the square of the residual's; nothing above rounding may be added to it."""
+    found = top_eigenvalues(symmetric_operator("spike", seed, torch.float32), 3, generator(seed), tolerance=1e-4)
+    truth = np.sort(np.abs(MATRIX_SPECTRA["spike"]))[::-1][:3]
+    allowed = 10 * torch.finfo(torch.float32).eps * truth[0] + found.residuals**2
+    assert (np.abs(np.abs(found.values) - truth) <= allowed).all()
