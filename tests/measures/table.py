@@ -17,17 +17,20 @@ from torch_rmt.measures import (
     KestenMcKay,
     MarchenkoPastur,
     Mixture,
+    PointMass,
     QuarterCircle,
     Semicircle,
     SpectralMeasure,
     Uniform,
     Wachter,
+    dilate,
     free_add,
     free_compress,
     free_mul,
     free_poisson,
     free_power,
     rectangular_product,
+    rectangular_sum,
 )
 
 LAWS: dict[str, SpectralMeasure] = {
@@ -67,6 +70,9 @@ CONVOLUTIONS: dict[str, Callable[[], SpectralMeasure]] = {
     "product-signed-three": lambda: free_mul(Discrete([-1.0, 0.5, 2.0]), MarchenkoPastur(0.5), Uniform(0.5, 1.0)),
     "product-power": lambda: free_power(MarchenkoPastur(0.5), 3.5),
     "rectangular": lambda: rectangular_product([MarchenkoPastur(0.5), MarchenkoPastur(1.5, 2.0)], [100, 200, 400 / 3]),
+    "rectangular-sum": lambda: rectangular_sum([Bernoulli(0.5), _THREE, dilate(MarchenkoPastur(2.0), 0.3)], [200, 100]),
+    "rectangular-sum-tall": lambda: rectangular_sum([PointMass(1.0), dilate(MarchenkoPastur(0.5), 0.1)], [100, 200]),
+    "rectangular-sum-atoms": lambda: rectangular_sum([Bernoulli(0.8), Bernoulli(0.15, high=3.0)], [100, 150]),
     "corner": lambda: free_compress(_THREE, 0.6),
 }
 """Convolutions, made when asked for."""

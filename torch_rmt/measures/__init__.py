@@ -4,13 +4,19 @@ from torch_rmt.measures.base import Atom, Interval, SpectralMeasure
 from torch_rmt.measures.classical import Arcsine, MarchenkoPastur, Semicircle, free_poisson
 from torch_rmt.measures.composite import Affine, Mixture, affine, dilate
 from torch_rmt.measures.convolution import FreeConvolution, FreeProduct, FreeSum
-from torch_rmt.measures.cumulants import free_cumulants, moments_from_free_cumulants
+from torch_rmt.measures.cumulants import (
+    free_cumulants,
+    moments_from_free_cumulants,
+    moments_from_rectangular_cumulants,
+    rectangular_cumulants,
+)
 from torch_rmt.measures.discrete import Bernoulli, Discrete, PointMass, empirical
 from torch_rmt.measures.elementary import QuarterCircle, Uniform
 from torch_rmt.measures.free import free_add, free_compress, free_mul, free_power, rectangular_product
 from torch_rmt.measures.fuss_catalan import FussCatalan
 from torch_rmt.measures.jacobi import KestenMcKay, Wachter, jacobi
 from torch_rmt.measures.pushforward import GaussianPushforward
+from torch_rmt.measures.rectangular import RectangularSum, rectangular_sum
 from torch_rmt.measures.subordination import ConvergenceError, Subordination
 from torch_rmt.measures.transforms import (
     eta_transform,
@@ -39,6 +45,7 @@ __all__ = [
     "Mixture",
     "PointMass",
     "QuarterCircle",
+    "RectangularSum",
     "Semicircle",
     "SpectralMeasure",
     "Subordination",
@@ -59,7 +66,10 @@ __all__ = [
     "jacobi",
     "m_transform",
     "moments_from_free_cumulants",
+    "moments_from_rectangular_cumulants",
     "r_transform",
+    "rectangular_cumulants",
     "rectangular_product",
+    "rectangular_sum",
     "s_transform",
 ]

@@ -46,3 +46,44 @@ def moments_from_free_cumulants(cumulants: Numbers) -> Float[np.ndarray, " n"]:
         rows = _powers(m[: n - 1], n)
         m[n - 1] = sum(kappa[s - 1] * rows[s, n - s] for s in range(1, n + 1))
     return m
+
+
+def _rectangular_powers(
+    moments: Float[np.ndarray, " n"], ratio: float, order: int
+) -> Float[np.ndarray, "rows columns"]:
+    """As `_powers` for (1 + M)(1 + ratio M), M = sum_k m_k x^k."""
+    series = np.concatenate([[0.0], moments])[: order + 1]
+    one = np.zeros(len(series))
+    one[0] = 1.0
+    return _powers(np.convolve(one + series, one + ratio * series)[1 : len(series)], order)
+
+
+def rectangular_cumulants(moments: Numbers, ratio: float | int) -> Float[np.ndarray, " n"]:
+    """Rectangular free cumulants c_1 .. c_n of the moments m_1 .. m_n of A^T A, A of the smaller width to the larger.
+
+    They add for free matrices of one shape, ratio <= 1 the smaller width over the larger one:
+    m_n = sum_s c_s [x^(n - s)] ((1 + M)(1 + ratio M))^s, M = sum_k m_k x^k. Source: Benaych-Georges 2009.
+
+    >>> rectangular_cumulants([1.0, 1.5, 2.75], 0.5).tolist()  # of a Gaussian matrix
+    [1.0, 0.0, 0.0]
+    """
+    m = np.asarray(moments, dtype=float)
+    rows = _rectangular_powers(m, float(ratio), m.size)
+    c = np.zeros(m.size)
+    for n in range(1, m.size + 1):
+        c[n - 1] = m[n - 1] - sum(c[s - 1] * rows[s, n - s] for s in range(1, n))
+    return c
+
+
+def moments_from_rectangular_cumulants(cumulants: Numbers, ratio: float | int) -> Float[np.ndarray, " n"]:
+    """Moments m_1 .. m_n of the rectangular cumulants c_1 .. c_n.
+
+    >>> moments_from_rectangular_cumulants([1.0, 0.0, 0.0], 0.5).tolist()
+    [1.0, 1.5, 2.75]
+    """
+    c = np.asarray(cumulants, dtype=float)
+    m = np.zeros(c.size)
+    for n in range(1, c.size + 1):
+        rows = _rectangular_powers(m[: n - 1], float(ratio), n)
+        m[n - 1] = sum(c[s - 1] * rows[s, n - s] for s in range(1, n + 1))
+    return m

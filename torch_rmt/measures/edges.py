@@ -209,15 +209,15 @@ def branch_points(
     """
     geometry = measure.geometry
     w = mesh.coordinates[:, np.searchsorted(mesh.x, outside)]
-    start = _common(geometry, outside, w)
+    start = geometry.common_at(outside, w)
     with np.errstate(all="ignore"):
-        w, d0, _ = _along(geometry, w, start)
+        w, d0, _ = geometry.along(w, start)
         sense = np.sign(d0)
         unit = geometry.length(w).max(axis=0)
         # z'' = dD/dF from a small step, whose sign does not matter
         f0, f1 = start, start + 1e-5 * unit
         for _ in range(16):
-            w, d1, z = _along(geometry, w, f1)
+            w, d1, z = geometry.along(w, f1)
             step = -d1 * (f1 - f0) / (d1 - d0)
             step = np.where(np.isfinite(step), np.clip(step, -0.5 * unit, 0.5 * unit), 0.0)
             f0, d0, f1 = f1, d1, f1 + step
@@ -227,28 +227,6 @@ def branch_points(
         slack = 1e-9 * np.abs(outside - inside)
         good = settled & (z >= np.minimum(inside, outside) - slack) & (z <= np.maximum(inside, outside) + slack)
         for share in (0.1, 0.3, 0.5, 0.7, 0.9):  # one way from the outside point to the edge, without another edge
-            _, stretch, _ = _along(geometry, w, f0 + share * (start - f0))
+            _, stretch, _ = geometry.along(w, f0 + share * (start - f0))
             good &= stretch * sense > 0
     return np.where(good, z, np.nan)
-
-
-def _common(geometry: Geometry, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """F or log P of solutions at points of the axis."""
-    zeta = np.asarray(geometry.coordinate(x.astype(complex)))
-    return np.asarray(zeta + (geometry.counts * geometry.fields(w)[0]).sum(axis=0))
-
-
-def _along(geometry: Geometry, w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Coordinates with the common value f, by Newton from w; there dz/dF and z, all real."""
-    aim = geometry.shares(f)
-    for _ in range(6):
-        h, dh = geometry.fields(w)
-        step = (aim - w - h) / (1.0 + dh)
-        step = np.where(np.isfinite(step), step, 0.0).real
-        w = w + step
-        if np.all(np.abs(step) <= 1e-14 * geometry.length(w)):
-            break
-    h, dh = geometry.fields(w)
-    slope = geometry.share_slopes(f)
-    stretch = 1.0 - (geometry.counts * slope * dh / (1.0 + dh)).sum(axis=0)
-    return w, stretch.real, geometry.point(f - (geometry.counts * h).sum(axis=0)).real

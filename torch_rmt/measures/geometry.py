@@ -136,6 +136,10 @@ class Geometry:
         """Moduli of the points in units of their laws' radii."""
         return np.asarray(np.abs(w) / self._radii)
 
+    def turn(self, w: np.ndarray) -> np.ndarray:
+        """How far coordinates are from those of real points, relative."""
+        return np.asarray(np.abs(w.imag) / self.length(w))
+
     @cached_property
     def _radii(self) -> np.ndarray:
         return np.array([[f.radius] for f in self.factors])
@@ -164,6 +168,25 @@ class Geometry:
     def share_slopes(self, common: np.ndarray) -> np.ndarray | float:
         """Derivative of `shares`."""
         return 1.0
+
+    def common_at(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """F or log P of solutions at points of the axis."""
+        zeta = np.asarray(self.coordinate(x.astype(complex)))
+        return np.asarray(zeta + (self.counts * self.fields(w)[0]).sum(axis=0))
+
+    def along(self, w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Coordinates with the common value f, by Newton from w; there dz/dF and z, all real."""
+        aim = self.shares(f)
+        for _ in range(6):
+            h, dh = self.fields(w)
+            step = (aim - w - h) / (1.0 + dh)
+            step = np.where(np.isfinite(step), step, 0.0).real
+            w = w + step
+            if np.all(np.abs(step) <= 1e-14 * self.length(w)):
+                break
+        h, dh = self.fields(w)
+        stretch = 1.0 - (self.counts * self.share_slopes(f) * dh / (1.0 + dh)).sum(axis=0)
+        return w, stretch.real, self.point(f - (self.counts * h).sum(axis=0)).real
 
 
 @dataclass(frozen=True)
@@ -217,6 +240,10 @@ class LogGeometry(Geometry):
     def length(self, w: np.ndarray) -> np.ndarray:
         """Relative errors: one."""
         return np.ones(w.shape)
+
+    def turn(self, w: np.ndarray) -> np.ndarray:
+        """Angle of the point against the axis."""
+        return np.asarray(np.abs(np.sin(w.imag)))
 
     def distance(self, w: np.ndarray) -> np.ndarray:
         """Moduli of the points in units of their laws' radii."""

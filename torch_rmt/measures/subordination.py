@@ -102,10 +102,9 @@ def _is_real(geometry: Geometry, w: np.ndarray) -> Bool[np.ndarray, "k n"]:
     A coordinate far outside its law comes from a G near 0, which magnifies rounding by the same factor once more; where
     it is all rounding the others speak for it.
     """
-    turn = np.abs(np.sin(w.imag)) if isinstance(geometry, LogGeometry) else np.abs(w.imag) / geometry.length(w)
     distance = geometry.distance(w)
     mute = (distance > _MUTE) & (distance > 10.0 * distance.min(axis=0))
-    return np.asarray((turn <= _INTERIOR * np.maximum(1.0, distance)) | mute)
+    return np.asarray((geometry.turn(w) <= _INTERIOR * np.maximum(1.0, distance)) | mute)
 
 
 def in_bulk(geometry: Geometry, w: Complex[np.ndarray, "k n"]) -> Bool[np.ndarray, " n"]:
