@@ -136,10 +136,7 @@ def _leaving_out_each(
     weights, sampled = np.zeros((2, probes, vectors.shape[1]))
     for i in range(probes):
         span = _krylov_span(matrix, np.delete(start, i, axis=1), steps, found, size)
-        rest = start[:, i]
-        for _ in range(2):
-            rest = rest - span @ (span.T @ rest)
-        along = (rest @ vectors) ** 2
+        along = (_beside(span, start[:, i]) @ vectors) ** 2
         if along.sum() <= _NEGLIGIBLE * run.start[:, i] @ run.start[:, i]:
             return None
         sampled[i] = along / along.sum() * (1.0 - span.shape[1] / dim)
@@ -160,17 +157,21 @@ def _krylov_span(
     span = np.empty((rows, used + steps * width))
     span[:, :used] = found
     for step in range(steps if width else 0):
-        known = span[:, :used]
-        fresh, factor = np.linalg.qr(block - known @ (known.T @ block))
-        turn, lengths, _ = np.linalg.svd(factor)
-        fresh = fresh @ turn[:, lengths > _CLOSED * (size if step else 1.0)]
+        fresh, lengths, _ = np.linalg.svd(_beside(span[:, :used], block), full_matrices=False)
+        fresh = fresh[:, lengths > _CLOSED * (size if step else 1.0)]
         if not fresh.shape[1]:
             break
-        fresh, _ = np.linalg.qr(fresh - known @ (known.T @ fresh))
         span[:, used : used + fresh.shape[1]] = fresh
         used += fresh.shape[1]
         block = matrix @ fresh
     return span[:, :used]
+
+
+def _beside(known: Float[np.ndarray, "rows known"], vectors: Float[np.ndarray, "rows ..."]) -> np.ndarray:
+    """What orthonormal columns leave of a vector or of several; twice, since once leaves their rounding."""
+    for _ in range(2):
+        vectors = vectors - known @ (known.T @ vectors)
+    return vectors
 
 
 def resolved(
