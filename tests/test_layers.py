@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "init": {"theory", "measures", "describe", "spectra", "operators", "guard"},
     "compare": {"measures", "theory", "spectra"},
     "learning_rate": {"operators", "spectra", "theory", "measures", "describe", "guard"},
+    "tensorboard_plugin": set(),
     "sinks": {"compare", "measures", "spectra", "theory"},
     "diagnose": {
         "measures", "theory", "operators", "spectra", "describe", "init", "compare", "learning_rate", "sinks",
@@ -48,13 +49,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 OUTSIDE: dict[str, tuple[set[str], set[str]]] = {
     "lightning": ({"callbacks"}, {"demo"}),
     "pytorch_lightning": ({"callbacks", "demo"}, set()),
-    "tensorboard": (set(), {"sinks"}),
+    "tensorboard": ({"tensorboard_plugin"}, {"sinks"}),
     "torch.utils.tensorboard": (set(), {"sinks"}),
     "matplotlib": (set(), {"sinks", "callbacks", "demo"}),
     "mlxtend": (set(), {"demo"}),
 }
-WITHOUT_TORCH = {"measures", "theory"}
-WITHOUT_TORCH_NN = {"measures", "theory", "spectra", "compare"}
+WITHOUT_TORCH = {"measures", "theory", "tensorboard_plugin"}
+WITHOUT_TORCH_NN = {"measures", "theory", "spectra", "compare", "tensorboard_plugin"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 
 
@@ -140,7 +141,9 @@ def test_the_package_list_is_the_tree() -> None:
     assert set(listed) == found | {"torch_rmt.callbacks"}
 
 
-@pytest.mark.parametrize("module", ["torch_rmt", "torch_rmt.sinks", "torch_rmt.diagnose"])
+@pytest.mark.parametrize(
+    "module", ["torch_rmt", "torch_rmt.sinks", "torch_rmt.diagnose", "torch_rmt.tensorboard_plugin"]
+)
 def test_importing_loads_no_trainer_and_no_plots(module: str) -> None:
     heavy = ("lightning", "pytorch_lightning", "tensorboard", "matplotlib", "mlxtend", "pandas")
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"

@@ -13,6 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORT = "import torch_rmt.callbacks as c; print(c.__file__); c.SpectralMonitor"
+TAB = (
+    "import inspect; from tensorboard import default; found = default.get_dynamic_plugins();"
+    "(tab,) = [f for f in found if f.__name__ == 'SpectraLoader']; tab().load;"
+    "print(inspect.getfile(tab), 'torch' in sys.modules, 'torch_rmt' in sys.modules)"
+)
 
 
 # The suite runs in an editable install, whose finder would answer before the copy under test does.
@@ -35,7 +40,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("torch_rmt", "callbacks"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "torch_rmt_tensorboard.py"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -73,15 +78,22 @@ def test_the_wheel_and_the_sdist_hold_the_callbacks_once(checkout: Path, tmp_pat
     assert "torch_rmt/py.typed" in names
     assert not [n for n in names if n.startswith("callbacks/")]
     assert len(names) == len(set(names))
-    templates = [p.relative_to(ROOT).as_posix() for p in (ROOT / "torch_rmt" / "sinks").glob("*.html")]
-    assert set(templates) <= set(names)
+    pages = [*(ROOT / "torch_rmt" / "sinks").glob("*.html"), *(ROOT / "torch_rmt").glob("tensorboard_plugin/static/*")]
+    data = {p.relative_to(ROOT).as_posix() for p in pages}
+    assert {"torch_rmt/sinks/page.html", "torch_rmt/tensorboard_plugin/static/index.js"} <= data <= set(names)
 
     (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        assert any(n.endswith("/callbacks/__init__.py") for n in archive.getnames())
+        held = {n.split("/", 1)[-1] for n in archive.getnames()}
+    assert {"callbacks/__init__.py", "torch_rmt_tensorboard.py", *data} <= held
 
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     result = run(IMPORT, tmp_path, site)
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()) == site / "torch_rmt" / "callbacks" / "__init__.py"
+
+    # TensorBoard finds the tab in the wheel, and loads neither PyTorch nor the rest of torch_rmt for it.
+    result = run(TAB, tmp_path, site)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(site / "torch_rmt" / "tensorboard_plugin" / "plugin.py"), "False", "False"]

@@ -13,10 +13,14 @@ from torch_rmt.sinks.drawing import Drawing, draw
 _BARS, _LAW, _OUTLIER = "#7aa6d8", "#d1495b", "#8f5fbf"
 
 
-def figure(report: Report) -> Any:
+def figure(report: Report, drawing: Drawing | None = None) -> Any:
     """Draw the measured spectrum as bars and the law over it; returns a `matplotlib.figure.Figure`.
 
     The figure belongs to no window and no pyplot state; save it with `.savefig(path)`.
+
+    Args:
+        report: what to draw.
+        drawing: what `draw(report)` returned, where it has been called already.
 
     Raises:
         ImportError: matplotlib is missing; it comes with the extra "plots".
@@ -27,7 +31,7 @@ def figure(report: Report) -> Any:
         raise ImportError("figures need matplotlib: pip install 'torch-rmt[plots]'") from error
     made = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
     axes = made.subplots()
-    paint(axes, draw(report))
+    paint(axes, draw(report) if drawing is None else drawing)
     axes.set_title(report.name, loc="left", fontweight="bold", fontsize=11)
     if report.verdict:
         made.supxlabel(textwrap.fill(report.verdict, 98), fontsize=8, x=0.01, ha="left")
