@@ -103,6 +103,19 @@ def _spectrum_in_memory(rank: int) -> dict[str, Tensor]:
     return {"nodes within bytes": torch.from_numpy(found.nodes), "nodes": torch.from_numpy(spectrum(None).nodes)}
 
 
+def _next_token(output: Tensor, labels: Tensor) -> Tensor:
+    """A loss of shifted tokens, as language models have it."""
+    return F.cross_entropy(output[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def _texts() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """Two texts of unequal padded length, one for each rank."""
+    torch.manual_seed(2)
+    labels = [torch.tensor([[0, 1, 2, 1, 2], [1, 2, 0, -100, -100]]), torch.tensor([[2, 1, -100]])]
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return net, [(torch.randn(*y.shape, 4, dtype=torch.float64), y) for y in labels]
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), 2)
@@ -178,6 +191,23 @@ def _rank(rank: int, folder: str) -> None:
         ShardedHessian(rough, F.cross_entropy, (x, y)).matmat(torch.ones(515, 1, dtype=torch.float64))
     except EngineError as refused:
         results["rough"] = torch.tensor(len(str(refused)))
+    net, texts = _texts()
+    results["texts, reduced"] = AllReduced(Hessian(net, _next_token, texts[rank])).matmat(_some_vectors(51))
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    for kind, (cls, _, settings) in SHARDED.items():
+        if kind in ("hessian", "exact"):
+            operator = cls(net, _next_token, texts[rank], **settings)
+            results[f"texts, {kind}"] = operator.matmat(_some_vectors(51))
+    for cls in (ShardedHessian, ShardedGaussNewton):
+        operator = cls(sharded, F.cross_entropy, [(x.repeat(40, 1), y.repeat(40)), (x, y)])
+        need = product_bytes(operator, 2)
+        with Live() as live:
+            operator.matmat(V[: operator.shape[0]])
+        assert 0.3 * need < live.peak <= need, (live.peak, need)
+        try:
+            SLQ(2, 3, max_memory=need // 2)(operator, torch.Generator().manual_seed(0))
+        except ValueError as refused:
+            results[f"bytes, {cls.__name__}"] = torch.tensor("are allowed" in str(refused))
     results["sharded"] = dense(Hessian(whole, F.cross_entropy, (x, y), "*"))
     results |= _spectrum_in_memory(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -222,6 +252,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         operator = Hessian(model, loss, (x, labels))
         expected = operator.matmat(_some_vectors(operator.shape[0]))
         torch.testing.assert_close(first[f"{loss_name}, reduced"], expected, rtol=1e-10, atol=1e-12)
+    assert all(first[f"bytes, {cls}"] for cls in ("ShardedHessian", "ShardedGaussNewton"))
+    net, texts = _texts()
+    for kind in ("reduced", "hessian", "exact"):
+        expected = (Fisher if kind == "exact" else Hessian)(net, _next_token, texts).matmat(_some_vectors(51))
+        torch.testing.assert_close(first[f"texts, {kind}"], expected, rtol=1e-5, atol=1e-7)
     expected = dense(Hessian(model, F.cross_entropy, (x, y), "*"))
     torch.testing.assert_close(first["sharded"], expected, rtol=1e-10, atol=1e-12)
 

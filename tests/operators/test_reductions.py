@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from torch_rmt.operators import Fisher, GaussNewton, GradientCovariance, Hessian, dense, dual_gram
+from torch_rmt.operators import ClosureHessian, Fisher, GaussNewton, GradientCovariance, Hessian, dense, dual_gram
 
 _WEIGHT = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {
@@ -73,3 +73,91 @@ def test_a_perfect_fit_is_no_sum() -> None:
     assert float(F.mse_loss(net(x[:2]).detach(), y[:2])) == 0.0
     torch.testing.assert_close(dense(G), dense(GaussNewton(net, F.mse_loss, (x, y))))
     torch.testing.assert_close(dense(G), dense(GaussNewton(net, F.mse_loss, (x, y + 1.0))))  # of a linear residual
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_a_sum_is_known_by_a_later_batch_where_the_first_fits_perfectly(kind: Any) -> None:
+    net, x, y = _setting(0)
+    y = net(x).detach()
+    y[2:] += torch.randn(9, 3, dtype=torch.float64)
+    batches = [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])]
+    loss = nn.functional.mse_loss
+    for sure, reduction in ((False, "mean"), (True, "sum")):
+        operator = kind(net, lambda o, t, how=reduction: loss(o, t, reduction=how), batches)
+        assert operator.summed == sure
+        torch.testing.assert_close(
+            dense(operator), dense(kind(net, lambda o, t, how=reduction: loss(o, t, reduction=how), (x, y)))
+        )
+
+
+def test_half_a_batch_that_a_mean_leaves_out_makes_no_sum() -> None:
+    """The loss of the half that is left out is zero, so the halves add up to the whole; a mean does not double."""
+    net, x, y = _setting(0)
+    y[:4] = 7
+
+    def mean(output: Tensor, target: Tensor) -> Tensor:
+        counts = target != 7
+        each = F.cross_entropy(output, target.clamp(max=2), reduction="none")
+        return (each * counts).sum() / counts.sum().clamp_min(1)
+
+    operator = Hessian(net, mean, [(x[:8], y[:8]), (x[8:], y[8:])])
+    assert not operator.summed
+    assert Hessian(net, lambda o, t: mean(o, t) * (t != 7).sum(), (x[:8], y[:8])).summed
+
+
+class _Tokens(nn.Module):
+    def __init__(self, classes: int, last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix, self.head = (
+            nn.Embedding(classes, 4),
+            nn.GRU(4, 4, batch_first=True),
+            nn.Linear(4, classes),
+        )
+        self.last = last
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.head(self.mix(self.embed(tokens))[0])
+        return logits if self.last else logits.transpose(1, 2)
+
+
+def _texts(shift: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of unequal padded length, their padding ignored; the last is as long as there are classes."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for lengths in ([9, 6, 4], [5, 3], [6, 6, 4, 6]):
+        tokens = torch.randint(0, 6, (len(lengths), max(lengths)), generator=generator)
+        labels = tokens.clone()
+        for row, length in zip(labels, lengths, strict=True):
+            row[max(length, shift + 1) :] = -100
+        found.append((tokens, labels))
+    return found
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["classes last", "classes second"])
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_tokens_that_a_shifted_loss_does_not_read_are_no_terms(kind: Any, shift: int, last: bool) -> None:
+    """The mean over all tokens that are predicted, as `reduction="sum"` over their number has it."""
+    net, texts = _Tokens(6, last), _texts(shift)
+
+    def loss(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        logits = output if last else output.transpose(1, 2)
+        read = logits[:, : labels.shape[1] - shift].flatten(0, 1)
+        return F.cross_entropy(read, labels[:, shift:].flatten(), reduction=reduction)
+
+    count = sum(int((labels[:, shift:] != -100).sum()) for _, labels in texts)
+    operator = kind(net, loss, texts)
+    assert operator.terms == count
+    v = torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64)[:, None]
+    total = kind(net, lambda o, t: loss(o, t, "sum") / count, texts)
+    assert total.summed
+    torch.testing.assert_close(operator.matmat(v), total.matmat(v))
+    if kind is Hessian:
+        closure = ClosureHessian(lambda: sum(loss(net(x), y, "sum") for x, y in texts) / count, list(net.parameters()))
+        torch.testing.assert_close(operator.matmat(v), closure.matmat(v))
+    quarter = kind(net, loss, [(t[:1], y[:1]) for t, y in texts]).footprint().product(1)
+    parts = kind(net, loss, texts, max_memory=quarter)
+    assert len(parts.batches) > 3
+    torch.testing.assert_close(parts.matmat(v), operator.matmat(v), rtol=1e-9, atol=1e-11)

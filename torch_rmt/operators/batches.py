@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ class Batch:
 
     Fields:
         samples: length of the first dimension of the inputs.
-        terms: what a mean loss averages over (samples, or tokens that are not ignored, by class weight if it has any).
+        terms: what a mean loss averages over (samples, or tokens that are read and not ignored, by class weight if it
+            has any).
     """
 
     inputs: Any
@@ -91,13 +92,18 @@ def read_batches(data: Any, pure: PureModel, loss: Loss) -> list[Batch]:
     return batches
 
 
-def cut(batch: Batch, size: int, loss: Loss) -> list[Batch] | None:
+def counted_again(batches: list[Batch], loss: Loss, unread: int) -> list[Batch]:
+    """The batches with the terms of a loss that does not read so many of each row's first targets."""
+    return [replace(b, terms=count_terms(loss, b.targets, b.samples, unread)) for b in batches]
+
+
+def cut(batch: Batch, size: int, loss: Loss, unread: int = 0) -> list[Batch] | None:
     """Parts of at most `size` samples, as `part_of`; None where a part has no term."""
     parts = []
     for start in range(0, batch.samples, size):
         part = slice(start, min(start + size, batch.samples))
         inputs, targets = (part_of(tree, batch.samples, part) for tree in (batch.inputs, batch.targets))
-        terms = count_terms(loss, targets, part.stop - start)
+        terms = count_terms(loss, targets, part.stop - start, unread)
         if terms == 0:
             return None
         parts.append(Batch(inputs, targets, part.stop - start, terms))

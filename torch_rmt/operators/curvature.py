@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torch_rmt.operators.batches import Batch, cut, read_batches
+from torch_rmt.operators.batches import Batch, counted_again, cut, read_batches
 from torch_rmt.operators.engines import FIRST_ORDER, SECOND_ORDER, Differentiable, Products, Tensors
 from torch_rmt.operators.ladder import climb
 from torch_rmt.operators.losses import Loss, adds_up, checked_loss, output_curvature
 from torch_rmt.operators.memory import Footprint, free_bytes, is_out_of_memory, saved_bytes
 from torch_rmt.operators.of_model import SymmetricOfModel
-from torch_rmt.operators.outputs import as_rows, check_taken
+from torch_rmt.operators.outputs import as_rows, check_taken, unread_targets
 from torch_rmt.operators.pure import PureModel
 from torch_rmt.operators.taped import rows_of
 from torch_rmt.operators.trees import tensors_of
@@ -29,7 +29,9 @@ Pieces = Callable[[Tensor], Tensors]  # the same, the result in the shapes of th
 class Curvature(SymmetricOfModel):
     """A symmetric matrix over the parameters, of the loss over all batches; base of Hessian and Gauss-Newton.
 
-    A mean loss is averaged over the batches, each weighted by its terms; one that sums over samples is summed.
+    A mean loss is averaged over the batches, each weighted by its terms; one that sums over samples is summed. The first
+    tokens of each row that a shifted loss does not read are no terms, where the loss takes logits; where the model
+    computes the loss itself and shifts there, set the labels that it does not read to -100.
 
     The parameters, modes and data are those at construction. Graphs are built at the first product and kept
     while they fit; `engine` says how products are made and what proved it, `notes` what was replaced or given
@@ -55,18 +57,21 @@ class Curvature(SymmetricOfModel):
             raise TypeError(f"loss must be callable as loss(output, target), not {type(loss).__name__}")
         self.pure = PureModel(model, params)
         self.loss = loss
-        self.given = self.batches = read_batches(batch, self.pure, loss)
+        self.batches = read_batches(batch, self.pure, loss)
         self.samples = sum(b.samples for b in self.batches)
-        self.terms = sum(b.terms for b in self.batches)
-        self.summed = False
-        telling = next((i for i, b in enumerate(self.batches) if b.samples > 1), 0)
+        summed: bool | None = None
+        unread: int | None = None
         with self.pure.guarded(), torch.no_grad():
             for i, b in enumerate(self.batches):
                 output = self.pure.raw(self.pure.params, b.inputs)
                 if i == 0:
                     self._accept(output, b)
                 checked_loss(loss(output, b.targets))
-                self.summed = adds_up(loss, output, b.targets, b.samples) if i == telling else self.summed
+                summed = adds_up(loss, output, b.targets, b.samples) if summed is None else summed
+                unread = unread_targets(loss, output, b.targets) if unread is None else unread
+        self.summed, self.unread = summed is True, unread or 0
+        self.given = self.batches = counted_again(self.batches, loss, self.unread)
+        self.terms = sum(b.terms for b in self.batches)
         if self.summed and self.of_a_mean:
             raise ValueError("the covariance is that of a mean over samples; use a loss with reduction='mean'")
         self.notes = self.pure.notes
@@ -90,9 +95,10 @@ class Curvature(SymmetricOfModel):
     def _fit(self, max_memory: int | None) -> None:
         """Choose what to keep and how far to cut the batches, within bytes."""
         room = free_bytes(self.device) // 2 if max_memory is None else max_memory
-        self.keep = self.footprint(keep=True).product(1) <= room
+        self.keep = self.keep and self.footprint(keep=True).product(1) <= room
         if self.keep:
             return
+        self._forget()
         self.notes += ("the graphs of all batches do not fit: recomputed in every product",)
         if max_memory is None:
             return
@@ -118,14 +124,12 @@ class Curvature(SymmetricOfModel):
         before = (self.max_memory, self.keep, self.batches, self.notes, self._saved)
         tighter = max_memory is not None and (self.max_memory is None or max_memory < self.max_memory)
         if tighter:
-            self._forget()
             self.max_memory = max_memory
             self._fit(max_memory)
         try:
             yield
         finally:
             if tighter:
-                self._forget()
                 self.max_memory, self.keep, self.batches, self.notes, self._saved = before
 
     def _forget(self) -> None:
@@ -137,7 +141,7 @@ class Curvature(SymmetricOfModel):
         """Cut every batch in two, if the parts' losses average to the loss of the whole."""
         parts: list[Batch] = []
         for b in self.batches:
-            halves = cut(b, (b.samples + 1) // 2, self.loss) if b.samples > 1 else [b]
+            halves = cut(b, (b.samples + 1) // 2, self.loss, self.unread) if b.samples > 1 else [b]
             if halves is None:
                 return False
             with self.pure.guarded(), torch.no_grad():
@@ -362,8 +366,7 @@ class GaussNewton(Curvature):
         return self._first(self.batches[0])
 
     def _first(self, batch: Batch) -> Products:
-        if self._jacobian is None or not self.keep:
-            self._jacobian = None
+        if self._jacobian is None:
             products = self._first_order(batch)
             self._jacobian = products if self.keep else None
             return products

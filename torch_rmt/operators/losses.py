@@ -7,9 +7,10 @@ smoothing, class weights, ignored tokens and either reduction are covered by the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -200,32 +201,47 @@ def label_seed(seed: int, batch: int) -> int:
     return seed * 1_000_003 + batch
 
 
-def count_terms(loss: Loss, targets: Any, batch_size: int) -> float:
+def count_terms(loss: Loss, targets: Any, batch_size: int, unread: int = 0) -> float:
     """Number of terms that a mean loss averages over: what batches are weighted by.
 
     Integer targets count one by one, by their class's weight where the loss has weights, without those that the
-    loss ignores (`ignore_index`, -100 unless the loss says otherwise); anything else counts by samples.
+    loss ignores (`ignore_index`, -100 unless the loss says otherwise) and without the first `unread` of each row;
+    anything else counts by samples.
     """
-    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
-        counted = targets[targets != getattr(loss, "ignore_index", -100)]
+    if are_classes(targets):
+        counted = targets[:, unread:] if unread else targets
+        counted = counted[counted != ignored_class(loss)]
         weight = getattr(loss, "weight", None)
         return float(counted.numel() if weight is None else weight[counted].sum())
     return float(batch_size)
 
 
-def adds_up(loss: Loss, output: Any, targets: Any, samples: int) -> bool:
-    """Whether a batch's loss is the sum over its samples, and not their mean: tried on the two halves of a batch.
+def are_classes(targets: Any) -> TypeGuard[Tensor]:
+    """Whether targets are a tensor of integers."""
+    return isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool
 
-    What cannot be halved is a sum if the loss has the attribute `reduction = "sum"`.
+
+def ignored_class(loss: Loss) -> int:
+    """The class whose targets a loss leaves out."""
+    return int(getattr(loss, "ignore_index", -100))
+
+
+def adds_up(loss: Loss, output: Any, targets: Any, samples: int) -> bool | None:
+    """Whether a batch's loss is the sum over its samples, and not their mean: tried on some samples taken twice.
+
+    The first half of the batch, or the second where the loss of the first is zero or not finite (its targets may all be
+    ignored). None where that does not tell: zero again, or a loss that knows the size of its batch. Such a loss is a
+    sum if it has the attribute `reduction = "sum"`.
     """
     if getattr(loss, "reduction", "mean") == "sum":
         return True
-    if samples < 2:
-        return False
-    parts = (slice(0, samples), slice(0, samples // 2), slice(samples // 2, samples))
-    with torch.no_grad():
-        try:
-            whole, *halves = (float(loss(*(part_of(t, samples, k) for t in (output, targets)))) for k in parts)
-        except (RuntimeError, ValueError, IndexError):  # a loss that knows the size of its batch
-            return False
-    return abs(sum(halves) - whole) <= 1e-4 * abs(whole) and whole != 0.0
+    middle = (samples + 1) // 2
+    for half in (slice(0, middle), slice(middle, samples)):
+        with torch.no_grad():
+            try:
+                once, twice = (float(loss(*part_of((output, targets), samples, half, times))) for times in (1, 2))
+            except (RuntimeError, ValueError, IndexError):
+                return None
+        if once != 0.0 and math.isfinite(once):
+            return next((factor == 2 for factor in (1, 2) if abs(twice - factor * once) <= 1e-4 * abs(once)), None)
+    return None

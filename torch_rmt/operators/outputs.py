@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rmt.operators.losses import Loss, checked_loss
+from torch_rmt.operators.losses import Loss, are_classes, checked_loss, ignored_class
 from torch_rmt.operators.trees import entries_of, picked, tensors_of, tree_map
 
 
@@ -42,6 +42,32 @@ def loss_gradients(loss: Loss, output: Any, targets: Any) -> dict[int, Tensor]:
             return {}
         found = torch.autograd.grad(value, [leaves[i] for i in places], allow_unused=True)
     return {i: g for i, g in zip(places, found, strict=True) if g is not None}
+
+
+def unread_targets(loss: Loss, output: Any, targets: Any) -> int | None:
+    """How many of each row's first targets a loss of classes does not read, as one of shifted tokens; None if unknown.
+
+    `cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())` has no slope at the last logits: where it has
+    one, at small logits, is compared with the targets that are not ignored, one place further on.
+    """
+    if not are_classes(targets) or targets.ndim < 2:
+        return None
+    small = tree_map(lambda t: t / t.abs().amax().clamp_min(1.0) if t.is_floating_point() else t, output)
+    try:
+        slopes = loss_gradients(loss, small, targets)
+    except (RuntimeError, ValueError, TypeError):
+        return None
+    counted = targets != ignored_class(loss)
+    for slope in slopes.values():
+        for classes in range(1, slope.ndim):
+            if (*slope.shape[:classes], *slope.shape[classes + 1 :]) != targets.shape:
+                continue
+            read = (slope != 0).any(classes)
+            for unread in range(targets.shape[1] if bool(read.any()) else 0):
+                width = targets.shape[1] - unread
+                if torch.equal(read[:, :width], counted[:, unread:]) and not bool(read[:, width:].any()):
+                    return unread
+    return None
 
 
 def places_by_sample(loss: Loss, output: Any, targets: Any, samples: int) -> tuple[int, ...]:

@@ -23,9 +23,13 @@ from torch_rmt.operators.losses import (
     label_seed,
     output_curvature,
 )
+from torch_rmt.operators.memory import saved_during
+from torch_rmt.operators.outputs import unread_targets
 from torch_rmt.operators.pure import MASK_SEED, arguments, require_tensor, select
+from torch_rmt.operators.trees import tensors_of, tree_map
 
 T = TypeVar("T")
+_GRAPH_OVER_SAVED = 1.25  # a graph while it is walked backward, in units of what its forward pass saves
 
 
 class ShardedHessian(LinearOperator):
@@ -35,7 +39,8 @@ class ShardedHessian(LinearOperator):
     and graphs stay sharded, and are put back bit for bit. Vectors are whole on every rank, those of rank 0 count,
     and all ranks must multiply together. The first product is made with two steps, and refused where these disagree.
     About 1e-4 off in float32; where the whole model fits on a rank `Hessian(unsharded(...), ...)` is exact and
-    faster.
+    faster. It takes no `max_memory`, for it cuts nothing: one batch has a graph at a time, and a rank holds a few whole
+    vectors. `product_bytes` counts both, so that an estimator's own `max_memory` is kept to, or refused.
 
     Raises:
         RuntimeError: `torch.distributed` is not initialised.
@@ -44,6 +49,7 @@ class ShardedHessian(LinearOperator):
     """
 
     symmetric = True
+    _output_copies = 5  # that the loss and its gradient make; measured as live bytes, as all in `product_bytes`
 
     def __init__(self, model: nn.Module, loss: Loss, batch: Any, params: str | Sequence[str] | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -54,37 +60,52 @@ class ShardedHessian(LinearOperator):
         named = dict(model.named_parameters())
         self._params = [named[name] for name in self.names]
         self._sizes = [p.numel() for p in self._params]
-        terms = [count_terms(loss, y, sample_count(x)) for x, y in self.pairs]
-        totals = _over_ranks(self.device, sum(terms), len(terms))
         ranks = dist.get_world_size()
-        if totals[1] != ranks * len(terms):
+        if _over_ranks(self.device, len(self.pairs))[0] != ranks * len(self.pairs):
             raise ValueError("every rank needs the same number of batches, or the ranks wait for one another for ever")
-        self._weights = [1.0] * len(terms)
-        self.summed = self._adds_up()
+        self._weights = [1.0] * len(self.pairs)
+        self._saved = self._output_bytes = 0
+        self.summed, unread = self._looked_at()
+        terms = [count_terms(loss, y, sample_count(x), unread) for x, y in self.pairs]
+        (total,) = _over_ranks(self.device, sum(terms))
         # FSDP averages gradients over the ranks.
-        self._weights = [float(ranks) if self.summed else t * ranks / totals[0] for t in terms]
+        self._weights = [float(ranks) if self.summed else t * ranks / total for t in terms]
         self._size = torch.stack([_whole(p.detach().norm()) for p in self._params]).norm().item()
         self._checked = False
         self.notes: tuple[str, ...] = ("central differences on sharded parameters",)
 
-    def _adds_up(self) -> bool:
-        """Whether the loss sums over samples, by any rank's batches; every rank raises where one has no finite loss."""
-        found, problem = False, None
+    def _looked_at(self) -> tuple[bool, int]:
+        """Whether the loss sums over samples and how many targets of a row it does not read, by any rank's batches.
+
+        What a forward pass saves is counted, too. Every rank raises where one has no finite loss.
+        """
+        found, unread, problem = False, None, None
         with undisturbed(self.model):
-            with torch.no_grad():
-                for (inputs, _), (output, targets, _) in zip(self.pairs, self._outputs(), strict=True):
-                    try:
-                        checked_loss(self.loss(output, targets))
-                        found = found or adds_up(self.loss, output, targets, sample_count(inputs))
-                    except (TypeError, ValueError) as wrong:
-                        problem = problem or wrong
+            for (inputs, _), (output, targets, _) in zip(self.pairs, self._counted_outputs(), strict=True):
+                try:
+                    checked_loss(self.loss(output, targets))
+                    found = found or adds_up(self.loss, output, targets, sample_count(inputs)) is True
+                    unread = unread_targets(self.loss, output, targets) if unread is None else unread
+                except (TypeError, ValueError) as wrong:
+                    problem = problem or wrong
             _reshard(self.model)
-        somewhere, failed = _over_ranks(self.device, found, problem is not None)
+        told = (found, problem is not None, unread is not None, unread or 0)
+        somewhere, failed, tellers, unread_of_all = _over_ranks(self.device, *told)
         if problem is not None:
             raise problem
         if failed:
             raise ValueError("the loss of another rank is not finite or no scalar; its own message says which")
-        return somewhere > 0
+        return somewhere > 0, round(unread_of_all / max(1.0, tellers))
+
+    def _counted_outputs(self) -> Iterator[tuple[Tensor, Any, float]]:
+        """Outputs without graphs; how many bytes the largest graph would keep, and all outputs, is noted."""
+        outputs, found = self._outputs(), []
+        for _ in self.pairs:
+            with torch.enable_grad():
+                self._saved = max(self._saved, saved_during(lambda: found.append(next(outputs)), ()))
+            output, targets, weight = found.pop()
+            self._output_bytes += sum(t.nbytes for t in tensors_of(output))
+            yield tree_map(Tensor.detach, output), targets, weight
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,6 +121,17 @@ class ShardedHessian(LinearOperator):
     def dtype(self) -> torch.dtype:
         """Type of the parameters."""
         return self._params[0].dtype
+
+    def product_bytes(self, columns: int) -> int:
+        """The most on any rank: a graph, the parameters gathered for it, the loss, whole vectors; to be asked on all.
+
+        Estimators with a `max_memory` refuse where that is more; nothing is cut, so pass smaller batches then.
+        """
+        graph = int(_GRAPH_OVER_SAVED * self._saved) + self._output_copies * self._output_bytes
+        own = graph + (2 * columns + 6) * self._vector_bytes
+        most = torch.tensor(own, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
     def adjoint(self) -> LinearOperator:
         """Return itself: symmetric."""
@@ -205,6 +237,7 @@ class ShardedGaussNewton(ShardedHessian):
     """
 
     positive = True
+    _output_copies = 24
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -49,8 +50,8 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return found
 
 
-def part_of(tree: Any, samples: int, part: slice) -> Any:
-    """A tree for some of so many samples.
+def part_of(tree: Any, samples: int, part: slice, times: int = 1) -> Any:
+    """A tree for some of so many samples, so many times over.
 
     Tensors whose first dimension is a multiple of the samples (tokens, say) are cut along it, others (a mask, say)
     stay whole; whether that is right, the caller must check.
@@ -60,7 +61,8 @@ def part_of(tree: Any, samples: int, part: slice) -> Any:
         if t.ndim == 0 or t.shape[0] % samples:
             return t
         each = t.shape[0] // samples
-        return t[part.start * each : part.stop * each]
+        some = t[part.start * each : part.stop * each]
+        return some if times == 1 else torch.cat([some] * times)
 
     return tree_map(piece, tree)
 
