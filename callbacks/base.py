@@ -5,22 +5,26 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from torch_rmt.callbacks.batches import BatchFunction, LossFunction, find_loss, find_model, split_pair
 from torch_rmt.callbacks.blame import failing_module, first_not_finite
 from torch_rmt.callbacks.budget import Budget, gradient_seconds
+from torch_rmt.callbacks.critical import CriticalInit
 from torch_rmt.callbacks.lightning_base import LightningCallback, defines_forward, logged_step
 from torch_rmt.callbacks.loggers import log_report
 from torch_rmt.callbacks.schedule import Schedule, logarithmic_then_regular
 from torch_rmt.compare import Report
 from torch_rmt.guard import undisturbed
+from torch_rmt.operators.pure import arguments
+from torch_rmt.operators.trees import tree_map
 from torch_rmt.sinks import Sink
 
 _SAME_LOSS = 0.1  # mixed precision moves a loss by a few per cent, another loss by more
@@ -40,6 +44,11 @@ class Point:
     inputs: Any
     targets: Any
     loss: LossFunction | None
+
+    def output(self, parameters: Mapping[str, Tensor] | None = None) -> Any:
+        """What the network returns, with `parameters` for its own; of copies of the inputs: layers work in place."""
+        args, keywords = arguments(tree_map(torch.clone, self.inputs))
+        return functional_call(self.model, dict(parameters or {}), args, keywords)
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,14 @@ class SpectralCallback(LightningCallback):
         max_seconds: what measuring may take in all. Points are skipped when it runs out, dear measurements
             first; enough is kept for the end.
         max_fraction: the share of the run's time that it may take, where that is more.
-        batch: takes a batch, returns `(inputs, targets)`; the default takes batches that are such pairs.
+        batch: takes a batch, returns `(inputs, targets)`; the default takes batches that are such pairs, and mappings
+            with "labels", whose entries the network takes as keywords.
         loss: takes `(output, target)`, returns a scalar; the default is the module's attribute `loss_fn`,
             `criterion`, `loss_func`, `loss_function` or `loss`.
         model: name of the submodule to measure; the default is the module itself, or its only child with
             weights where it has no `forward`.
+        name: stands before the names in the logs ("critic" makes "critic/jacobian/mean"), for two callbacks of one
+            kind in one run.
         sinks: take the reports as well, besides the trainer's loggers.
 
     Attributes:
@@ -90,9 +102,10 @@ class SpectralCallback(LightningCallback):
         schedule: Schedule = logarithmic_then_regular,
         max_seconds: float = 40.0,
         max_fraction: float = 0.05,
-        batch: BatchFunction = split_pair,
+        batch: BatchFunction | None = None,
         loss: LossFunction | None = None,
         model: str | None = None,
+        name: str = "",
         sinks: Sequence[Sink] = (),
     ) -> None:
         if not callable(schedule):
@@ -102,6 +115,7 @@ class SpectralCallback(LightningCallback):
         self.batch = batch
         self.loss = loss
         self.model = model
+        self.name = name
         self.sinks = tuple(sinks)
         self.first: dict[str, Report] = {}
         self.latest: dict[str, Report] = {}
@@ -115,15 +129,28 @@ class SpectralCallback(LightningCallback):
     def measurements(self, has_loss: bool) -> Mapping[str, Measurement]:
         """Return what to measure, by name; `has_loss` says whether a `Point` will have one."""
 
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps the state."""
+        return f"{type(self).__qualname__}{self.name and f'({self.name})'}"
+
     # Lightning's hooks, in the order in which they are called.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a trainer that has nowhere to write to."""
+        """Refuse a trainer that has nowhere to write to, and two callbacks that would write the same."""
         if stage == "fit" and not trainer.loggers and not self.sinks:
             raise ValueError(
                 f"{type(self).__name__} has nowhere to write to: give the Trainer a logger, or the callback "
                 "sinks=[JsonLinesSink('spectra.jsonl')]."
             )
+        for other in trainer.callbacks:
+            if isinstance(other, SpectralCallback) and other is not self and other.name == self.name:
+                both = self.measurements(True).keys() & other.measurements(True).keys()
+                if both:
+                    raise ValueError(
+                        f"{type(self).__name__} and {type(other).__name__} both log {', '.join(sorted(both))}: give "
+                        "one of them a name=..., which then stands before it, or leave one out."
+                    )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a module without a network to measure or a loss that is needed."""
@@ -136,6 +163,9 @@ class SpectralCallback(LightningCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure if the schedule says so; with accumulated gradients once a step."""
+        for other in trainer.callbacks:
+            if isinstance(other, CriticalInit):  # first, wherever it stands in the list
+                other.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         step = logged_step(trainer)
         self._last_batch = batch
         if step != self._last_step and self.schedule(step):
@@ -194,12 +224,24 @@ class SpectralCallback(LightningCallback):
     def _measure(self, trainer: Any, module: nn.Module, batch: Any, step: int, *, last: bool = False) -> None:
         self._last_step = step
         model, loss = self._model(module), self._loss(module)
-        with undisturbed(module), _without_logging(module):
+        point: Point | None = None
+        reason = ""
+        with ExitStack() as guard:
             try:
-                point = Point(model, *self.batch(batch), loss)
+                guard.enter_context(undisturbed(module, *([loss] if isinstance(loss, nn.Module) else [])))
+                batch = tree_map(torch.clone, batch)  # nothing that runs here can reach the batch to be trained on
+                pair = split_pair(batch, model) if self.batch is None else self.batch(batch)
+                point = Point(model, *pair, loss)
             except Exception as error:
-                self._warn(trainer, "batch", f"measures nothing. {_said(error)}")
+                reason = _said(error)
+            if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(point is not None, all=True):
+                # One that goes on alone would wait for the others.
+                reason, point = reason or "Another process could not read its batch.", None
+            if point is None:
+                self._warn(trainer, "batch", f"measures nothing at step {step}. {reason} This is said once.")
                 return
+            _silence(module)
+            _freeze_untrained(trainer, module)
             if self.loss is None and not self.latest and not last:
                 self._guessed_loss = _loss_at(point)
             module.eval()
@@ -243,7 +285,7 @@ class SpectralCallback(LightningCallback):
             where = failing_module(error, point.model)
             spoilt = None
             if isinstance(error, (ValueError, ArithmeticError)):
-                spoilt = first_not_finite(point.model, point.inputs)
+                spoilt = first_not_finite(point.model, point.output)
             where = where or spoilt
             place = f"{f'in layer {where!r} ' if where else ''}of {type(point.model).__name__}"
             self._warn(
@@ -256,6 +298,8 @@ class SpectralCallback(LightningCallback):
 
     def _log(self, trainer: Any, reports: Sequence[Report], step: int) -> None:
         for report in reports:
+            if self.name:
+                report = replace(report, name=f"{self.name}/{report.name}")
             for target in (*trainer.loggers, *self.sinks):
                 try:
                     if isinstance(target, Sink):
@@ -272,19 +316,21 @@ class SpectralCallback(LightningCallback):
         self._warned.add(key)
 
 
-@contextmanager
-def _without_logging(module: nn.Module) -> Iterator[None]:
-    """Make `self.log` do nothing: inside a transform it would store tensors that die with the transform."""
-    owners = [m for m in module.modules() if hasattr(m, "log_dict")]
-    names = ("log", "log_dict")
-    for owner in owners:
-        owner.__dict__.update(dict.fromkeys(names, _nothing))
-    try:
-        yield
-    finally:
-        for owner in owners:
-            for name in names:
-                owner.__dict__.pop(name, None)
+def _silence(module: nn.Module) -> None:
+    """Make `self.log` do nothing: inside a transform it would store tensors that die with it. The guard undoes it."""
+    for owner in module.modules():
+        if hasattr(owner, "log_dict"):
+            vars(owner).update(log=_nothing, log_dict=_nothing)
+
+
+def _freeze_untrained(trainer: Any, module: nn.Module) -> None:
+    """What no optimiser holds is no parameter of the training problem: moving averages. The guard undoes it."""
+    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    parameters = list(module.parameters())
+    if any(id(p) in trained for p in parameters):  # a strategy may hand the optimiser others, which hold these
+        for p in parameters:
+            if id(p) not in trained:
+                p.requires_grad_(False)
 
 
 def _loss_at(point: Point) -> float | None:
@@ -293,7 +339,7 @@ def _loss_at(point: Point) -> float | None:
         return None
     try:
         with torch.no_grad():
-            return float(point.loss(point.model(point.inputs), point.targets))
+            return float(point.loss(point.output(), point.targets))
     except Exception:  # the measurement itself will say why
         return None
 
@@ -317,7 +363,10 @@ def _remedy(error: Exception, name: str, spoilt: str | None) -> str:
         )
     if name in ("jacobian", "freeness"):
         kind = "JacobianSpectrum" if name == "jacobian" else "FreenessGap"
-        return f"Choose other ends with {kind}(source=..., target=...), or leave it out."
+        return (
+            f"Choose other ends with {kind}(source=..., target=...), or say what the network takes with "
+            "batch=lambda batch: (inputs, targets); or leave it out."
+        )
     return (
         "If training_step makes the loss otherwise, pass loss=lambda output, target: ... and "
         "batch=lambda batch: (inputs, targets); or leave this out."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from torch_rmt.operators.batches import labelled
 
 LossFunction = Callable[[Any, Any], Tensor]
 BatchFunction = Callable[[Any], tuple[Any, Any]]
@@ -13,24 +15,25 @@ BatchFunction = Callable[[Any], tuple[Any, Any]]
 _LOSS_NAMES = ("loss_fn", "criterion", "loss_func", "loss_function", "loss")  # as Lightning's users name it
 
 
-def split_pair(batch: Any) -> tuple[Any, Any]:
-    """Return `(inputs, targets)` of a batch that is such a pair.
+def split_pair(batch: Any, model: nn.Module) -> tuple[Any, Any]:
+    """Return `(inputs, targets)` of a batch that is such a pair, or a mapping with "labels".
+
+    A mapping's other entries are keywords for the model; "labels" is one too if its forward has that argument.
 
     Raises:
         TypeError: the batch is anything else; the message says how to pass one's own function.
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
-    if isinstance(batch, dict):
-        shape = f"a dict with keys {sorted(map(str, batch))}"
+    if isinstance(batch, Mapping):
+        if "labels" in batch:
+            return labelled(batch, model)
+        shape = f"a {type(batch).__name__} with keys {sorted(map(str, batch))}, without 'labels'"
     elif isinstance(batch, (tuple, list)):
-        shape = f"a {type(batch).__name__} of {len(batch)}"
+        shape = f"a {type(batch).__name__} of {len(batch)}, not a pair (inputs, targets)"
     else:
-        shape = f"a {type(batch).__name__}"
-    raise TypeError(
-        f"the batch is {shape}, not a pair (inputs, targets); say which is which with "
-        "batch=lambda batch: (inputs, targets)."
-    )
+        shape = f"a {type(batch).__name__}, not a pair (inputs, targets)"
+    raise TypeError(f"the batch is {shape}; say which is which with batch=lambda batch: (inputs, targets).")
 
 
 def find_loss(module: nn.Module) -> LossFunction | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ def failing_module(error: BaseException, model: nn.Module) -> str | None:
     return found
 
 
-def first_not_finite(model: nn.Module, inputs: Any) -> str | None:
+def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """Return the first place with inf or nan: a parameter's name, else the submodule whose output has it.
 
-    Runs the model once; the caller guards it.
+    `run` runs the model, once; the caller guards it.
     """
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter.detach()).all():
@@ -46,7 +47,7 @@ def first_not_finite(model: nn.Module, inputs: Any) -> str | None:
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
-            model(inputs)
+            run()
     except Exception:  # the run only serves a better message
         return None
     finally:

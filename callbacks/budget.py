@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_rmt.operators.trees import tensors_of
+
 
 @dataclass
 class Budget:
@@ -74,16 +76,17 @@ class Budget:
 def gradient_seconds(point: Any) -> float:
     """Time one forward and backward pass, the fastest of three; of the output's norm where there is no loss.
 
-    0 if the pass fails: the measurement itself will say why.
+    0 if the pass fails: the measurement itself will say why. Differentiated by aliases of the parameters, since those
+    may have hooks that are waiting for the gradients of training.
     """
-    parameters = [p for p in point.model.parameters() if p.requires_grad]
     seconds = math.inf
     for _ in range(3):
         begin = time.monotonic()
         try:
-            output = point.model(point.inputs)
+            aliases = {n: p.detach().requires_grad_() for n, p in point.model.named_parameters() if p.requires_grad}
+            output = point.output(aliases)
             value = point.loss(output, point.targets) if point.loss is not None else _first(output).norm()
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(value, list(aliases.values()), allow_unused=True)
         except Exception:
             return 0.0
         # Reading a number waits for the device.
@@ -93,7 +96,4 @@ def gradient_seconds(point: Any) -> float:
 
 
 def _first(output: Any) -> Tensor:
-    while isinstance(output, (tuple, list)):
-        output = output[0]
-    tensor: Tensor = output
-    return tensor
+    return tensors_of(output)[0]

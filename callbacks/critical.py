@@ -10,29 +10,30 @@ from torch import nn
 
 from torch_rmt.callbacks.batches import BatchFunction, find_model, split_pair
 from torch_rmt.callbacks.lightning_base import LightningCallback, defines_forward
-from torch_rmt.guard import undisturbed
 from torch_rmt.init import InitReport, critical_init_
+from torch_rmt.operators.trees import tree_map
 
 
 class CriticalInit(LightningCallback):
-    """Draws the network's weights at their critical point, once, when training starts.
+    """Draws the network's weights at their critical point, once, just before the first batch is trained on.
 
-    What `critical_init_` does, on the first batch of the training data. A run that is resumed keeps its
-    weights. With several processes the first one's weights are sent to all. The measured effect goes to the
-    loggers as `critical_init/...`, and the whole report is in `report`.
+    What `critical_init_` does, on that batch: no data are read for it, so that workers, samplers and streams stay
+    as they are. A run that is resumed keeps its weights. With several processes the first one's weights are sent to
+    all. The measured effect goes to the loggers as `critical_init/...`, and the whole report is in `report`.
 
     Args:
         ensemble, sigma_b, q_star: as for `critical_init_`.
         model: name of the submodule to draw; the default is the module itself, or its only child with weights
             where it has no `forward`.
-        batch: takes a batch, returns `(inputs, targets)`; the default takes batches that are such pairs.
+        batch: takes a batch, returns `(inputs, targets)`; the default takes batches that are such pairs, and mappings
+            with "labels".
         example_input: used instead of the first batch.
 
     Attributes:
         report: the `InitReport`; None before training starts.
 
     Raises:
-        ValueError: as `critical_init_`, when training starts.
+        ValueError: as `critical_init_`, at the first batch.
         RuntimeError: the parameters are sharded over processes.
     """
 
@@ -43,7 +44,7 @@ class CriticalInit(LightningCallback):
         sigma_b: float | None = None,
         q_star: float | None = None,
         model: str | None = None,
-        batch: BatchFunction = split_pair,
+        batch: BatchFunction | None = None,
         example_input: Any = None,
     ) -> None:
         if sigma_b is not None and q_star is not None:
@@ -66,10 +67,11 @@ class CriticalInit(LightningCallback):
                 "torch_rmt.critical_init_(model, example_input) before the model is sharded."
             )
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Draw the weights, unless the run is resumed."""
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Draw the weights, unless that is done or the run is resumed."""
         if self._done:
             return
+        self._done = True
         if trainer.global_step > 0:
             warnings.warn(
                 "CriticalInit leaves the weights alone: the run is resumed from step "
@@ -81,14 +83,14 @@ class CriticalInit(LightningCallback):
         model = self._model(pl_module)
         example = self.example_input
         if example is None:
-            example = self.batch(_first_batch(trainer, pl_module))[0]
+            batch = tree_map(torch.clone, batch)  # what runs here cannot reach the batch to be trained on
+            example = (split_pair(batch, model) if self.batch is None else self.batch(batch))[0]
         else:
             example = pl_module.transfer_batch_to_device(example, pl_module.device, 0)
         self.report = critical_init_(model, example, ensemble=self.ensemble, sigma_b=self.sigma_b, q_star=self.q_star)
         if trainer.world_size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
                 torch.distributed.broadcast(tensor.detach(), 0)
-        self._done = True
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 prefix = f"critical_init{logger.group_separator}"
@@ -104,20 +106,3 @@ class CriticalInit(LightningCallback):
 
     def _model(self, module: nn.Module) -> nn.Module:
         return find_model(module, self.model, has_forward=defines_forward(module))
-
-
-def _first_batch(trainer: Any, module: Any) -> Any:
-    """Return a batch as the training loop would hand it over; its order of batches stays what it was."""
-    loader = trainer.train_dataloader
-    owners = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
-    generators = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in generators.values()]
-    try:
-        with undisturbed(module):
-            batch = next(iter(loader))
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module.on_before_batch_transfer(batch, 0)
-            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

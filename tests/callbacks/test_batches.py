@@ -11,22 +11,22 @@ from torch_rmt.callbacks.lightning_base import defines_forward
 
 
 def test_pairs_are_split() -> None:
-    assert split_pair((1, 2)) == (1, 2)
-    assert split_pair([1, 2]) == (1, 2)
+    assert split_pair((1, 2), mlp()) == (1, 2)
+    assert split_pair([1, 2], mlp()) == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
         (torch.ones(2), "a Tensor"),
-        ({"x": 1, "y": 2}, r"keys \['x', 'y'\]"),
+        ({"x": 1, "y": 2}, r"keys \['x', 'y'\], without 'labels'"),
         ((1, 2, 3), "a tuple of 3"),
         (None, "NoneType"),
     ],
 )
 def test_other_batches_are_refused_with_the_remedy(batch: object, said: str) -> None:
     with pytest.raises(TypeError, match=f"{said}.*batch=lambda"):
-        split_pair(batch)
+        split_pair(batch, mlp())
 
 
 @pytest.mark.parametrize("name", ["loss_fn", "criterion", "loss_func", "loss_function", "loss"])
@@ -74,9 +74,9 @@ def test_the_innermost_failing_layer_is_named() -> None:
 
 def test_the_first_layer_with_nan_is_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
-    assert first_not_finite(model, torch.ones(1, 2)) is None
-    assert first_not_finite(model, torch.full((1, 2), torch.nan)) == "0"
+    assert first_not_finite(model, lambda: model(torch.ones(1, 2))) is None
+    assert first_not_finite(model, lambda: model(torch.full((1, 2), torch.nan))) == "0"
     with torch.no_grad():
         model[2].weight[0, 0] = torch.inf
-    assert first_not_finite(model, torch.ones(1, 2)) == "2.weight"
+    assert first_not_finite(model, lambda: model(torch.ones(1, 2))) == "2.weight"
     assert not model[0]._forward_hooks
