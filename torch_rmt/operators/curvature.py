@@ -29,9 +29,9 @@ Pieces = Callable[[Tensor], Tensors]  # the same, the result in the shapes of th
 class Curvature(SymmetricOfModel):
     """A symmetric matrix over the parameters, of the loss over all batches; base of Hessian and Gauss-Newton.
 
-    A mean loss is averaged over the batches, each weighted by its terms; one that sums over samples is summed. The first
-    tokens of each row that a shifted loss does not read are no terms, where the loss takes logits; where the model
-    computes the loss itself and shifts there, set the labels that it does not read to -100.
+    A mean loss is averaged over the batches, each weighted by its terms; one that sums over samples is summed. Where a
+    loss of logits shifts its tokens, the first ones that it does not read are no terms; where the model itself computes
+    such a loss, set the labels that are not read to -100.
 
     The parameters, modes and data are those at construction. Graphs are built at the first product and kept
     while they fit; `engine` says how products are made and what proved it, `notes` what was replaced or given
