@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -60,6 +61,21 @@ def test_a_wider_batch_of_losses_has_its_mean_over_draws() -> None:
     spread = (sum((r - mean) ** 2 for r in ratios) / 5) ** 0.5
     assert abs(mean - 1) < 3 * spread / 6**0.5 + 0.02
     assert spread < 0.2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_narrow_network_of_many_outputs_can_be_told(seed: int) -> None:
+    """Its mean is over all outputs and has far less noise than one output's gradient norm, 0.6 at this width."""
+    x, y = digits(16)
+    torch.manual_seed(seed)
+    sizes = (64, 24, 24, 24, 24)
+    hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())]
+    net = nn.Sequential(*hidden, nn.Linear(24, 10))
+    critical_init_(net, x, ensemble="gaussian")
+    report = curvature_report(net, (x, y), F.cross_entropy, "fisher")
+    assert report.agrees, report.verdict
+    assert report.facts["wide/mean_noise"] < 0.25  # a factor of two would be seen
+    assert report.facts["wide/mean_noise"] < 0.8 * report.facts["wide/largest_eigenvalue_noise"]
 
 
 def test_training_leaves_the_prediction_and_the_report_says_so() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_rmt.theory import Architecture, Layer, Residual, as_activation, wide_kernel
+from torch_rmt.theory import Architecture, Layer, Residual, as_activation, kernel_noise, wide_kernel
 from torch_rmt.theory.correlation import slope_pair, value_pair
 from torch_rmt.theory.pair_maps import kernel_slopes, kernel_values
 
@@ -111,7 +111,8 @@ def test_drawn_networks_tend_to_it_as_one_over_the_root_of_the_width(name: str, 
         one = float(np.mean([np.linalg.norm(k - predicted.tangent) for k in kernels]) / scale)
         errors.append(one)
         means.append(float(np.linalg.norm(np.mean(kernels, 0) - predicted.tangent)) / scale)
-        assert 0.2 * predicted.fluctuation < one < 2.0 * predicted.fluctuation
+        noise = kernel_noise(chain, gram, np.broadcast_to(np.eye(3), (6, 3, 3)))
+        assert 0.5 * noise.mean < one < 2.0 * noise.largest
     assert means[-1] < 0.06
     assert 0.25 < np.log(errors[0] / errors[-1]) / np.log(16) < 0.75  # 0.5, and the errors of 16 draws
 

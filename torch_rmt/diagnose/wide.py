@@ -12,14 +12,16 @@ import scipy.sparse.linalg
 from torch import Tensor, nn
 
 from torch_rmt.compare import Report
-from torch_rmt.compare.verdict import AGREES_UP_TO, WHY_ANOTHER_SHAPE
+from torch_rmt.compare.verdict import WHY_ANOTHER_SHAPE
 from torch_rmt.describe import describe_between
 from torch_rmt.operators import GaussNewton, output_factors
-from torch_rmt.theory import Architecture, wide_kernel
+from torch_rmt.theory import Architecture, kernel_noise, wide_kernel
 from torch_rmt.theory.architecture import plain_layers
 
 _MOST_SAMPLES = 1024  # the kernels of a layer are matrices over the samples
 _MOST_FACTORS = 2**25  # numbers in the square root of the loss's curvature
+_NOISE_SAMPLES = 64  # of the batch, by which the noise is told
+_SURE = 3.0  # standard deviations; of two numbers, from drawn networks: one network in a hundred is beyond
 _TOO_NARROW = 0.45  # noise beyond which a factor of three is no news
 
 
@@ -29,13 +31,13 @@ class WideScale:
 
     Fields:
         mean: of all eigenvalues.
-        largest: eigenvalue.
-        noise: relative, from network to network.
+        largest: eigenvalue, as it typically is at these widths.
+        noise: of the logarithms of both, standard deviations from network to network.
     """
 
     mean: float
     largest: float
-    noise: float
+    noise: tuple[float, float]
 
 
 def wide_scale(model: nn.Module, inputs: Any, operator: GaussNewton) -> WideScale:
@@ -59,7 +61,8 @@ def wide_scale(model: nn.Module, inputs: Any, operator: GaussNewton) -> WideScal
     if len(x) * architecture.layers[-1].n_out ** 2 > _MOST_FACTORS:
         raise ValueError(f"{architecture.layers[-1].n_out} outputs are too many")
     gram = x @ x.T / x.shape[1]
-    kernel = wide_kernel(architecture, gram, biases=_biases(model, architecture, operator.shape[0]))
+    biases = _biases(model, architecture, operator.shape[0])
+    kernel = wide_kernel(architecture, gram, biases=biases)
     factors = output_factors(operator)
     z = factors.reshape(*factors.shape[:2], -1).double().cpu().numpy()  # columns, samples, outputs
     shape = z.shape[:2]
@@ -77,7 +80,10 @@ def wide_scale(model: nn.Module, inputs: Any, operator: GaussNewton) -> WideScal
         start = np.random.default_rng(0).standard_normal(size)
         largest = float(scipy.sparse.linalg.eigsh(matrix, 1, which="LA", v0=start, return_eigenvectors=False)[0])
     trace = float((np.diag(kernel.tangent) * (z**2).sum((0, 2))).sum())
-    return WideScale(trace / operator.shape[0], largest, kernel.fluctuation)
+    some = np.linspace(0, len(x) - 1, min(len(x), _NOISE_SAMPLES)).round().astype(int)
+    curvatures = np.einsum("cno,cnp->nop", z[:, some], z[:, some])
+    noise = kernel_noise(architecture, gram[np.ix_(some, some)], curvatures, biases=biases)
+    return WideScale(trace / operator.shape[0], largest * noise.raised, (noise.mean, noise.largest))
 
 
 def beside_a_wide_network(report: Report, scale: WideScale, *, note: str = "") -> Report:
@@ -91,16 +97,17 @@ def beside_a_wide_network(report: Report, scale: WideScale, *, note: str = "") -
         "wide/mean": scale.mean,
         "wide/largest_eigenvalue": scale.largest,
         "wide/max_lr": 2.0 / scale.largest if scale.largest > 0 else math.inf,
-        "wide/noise": scale.noise,
+        "wide/mean_noise": scale.noise[0],
+        "wide/largest_eigenvalue_noise": scale.noise[1],
     }
     if not (mean > 0 and largest > 0 and scale.mean > 0 and scale.largest > 0):
         return replace(report, facts=facts)
     ratios = mean / scale.mean, largest / scale.largest
-    near = all(abs(math.log(ratio)) <= AGREES_UP_TO * scale.noise for ratio in ratios)
-    agrees = None if near and scale.noise > _TOO_NARROW else near
+    near = all(abs(math.log(r)) <= _SURE * noise for r, noise in zip(ratios, scale.noise, strict=True))
+    agrees = None if near and scale.noise[0] > _TOO_NARROW else near
     numbers = (
         f"mean {ratios[0]:.3g} times and largest eigenvalue {ratios[1]:.3g} times those of a wide network on this "
-        f"batch (noise {scale.noise:.2g})"
+        f"batch (noise {scale.noise[0]:.2g} and {scale.noise[1]:.2g})"
     )
     opening = {None: "Too narrow to tell", True: "As predicted", False: "Not as predicted"}[agrees]
     why = "" if agrees is not False else WHY_ANOTHER_SHAPE

@@ -63,3 +63,5 @@ from torch_rmt.theory.variants import normalised_chi as normalised_chi
 from torch_rmt.theory.variants import residual_spectrum as residual_spectrum
 from torch_rmt.theory.wide_kernel import WideKernel as WideKernel
 from torch_rmt.theory.wide_kernel import wide_kernel as wide_kernel
+from torch_rmt.theory.wide_kernel_noise import KernelNoise as KernelNoise
+from torch_rmt.theory.wide_kernel_noise import kernel_noise as kernel_noise

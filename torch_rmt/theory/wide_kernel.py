@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from torch_rmt.theory.activation import Activation
 from torch_rmt.theory.architecture import Architecture, Layer
-from torch_rmt.theory.isometry import slope_variance
 from torch_rmt.theory.pair_maps import kernel_slopes, kernel_values
 
 
@@ -21,12 +21,10 @@ class WideKernel:
         signal: E f_c(x_s) f_c(x_t) of one output over draws of the network.
         tangent: Theta_st = grad f_c(x_s) . grad f_c(x_t), by the weights as torch keeps them; those of two outputs are
             orthogonal.
-        fluctuation: relative standard deviation of Theta's entries that is to be expected at these widths.
     """
 
     signal: Float[np.ndarray, "n n"]
     tangent: Float[np.ndarray, "n n"]
-    fluctuation: float
 
 
 def wide_kernel(
@@ -48,14 +46,63 @@ def wide_kernel(
             layer; a Gram matrix that does not fit.
 
     Source: Jacot, Gabriel and Hongler 2018, with the parametrisation of torch.nn.Linear; Huang, Du and Xu 2021 for
-    orthogonal weights. `fluctuation`: the square root of sum_l (3 mu_2/mu_1^2 - 1) / n_l, the variance of a logarithmic
-    gradient norm (Hanin and Nica 2018), to whose order the kernel fluctuates (Hanin and Nica 2020).
+    orthogonal weights.
 
     >>> chain = Architecture.mlp(depth=1, width=50, activation="relu", sigma_w=2**0.5, n_out=3)
     >>> kernel = wide_kernel(chain, np.eye(2), biases=[False, False])
     >>> [round(float(v), 6) for v in (kernel.tangent[0, 0], kernel.signal[0, 1])]     # 50 + 50, and 2 / (2 pi) * 2
     [100.0, 0.63662]
     """
+    layers = kernel_layers(architecture, gram, biases)
+    return WideKernel(layers[-1].covariance, np.sum([one.tangent for one in layers], axis=0))
+
+
+@dataclass(frozen=True)
+class KernelLayer:
+    """One layer of a wide chain: what goes into it, and what comes back to it.
+
+    Fields:
+        fan_in, fan_out: widths.
+        variance: sigma_w^2.
+        orthogonal: whether its weights are.
+        activation: behind it.
+        forward: n_in K_(l-1) + [it has biases], what the gradient by its parameters owes to its inputs.
+        covariance: S_l of its outputs.
+        slopes: G_l.
+        backward: D_l, covariance of the gradients of one output by its outputs.
+    """
+
+    fan_in: int
+    fan_out: int
+    variance: float
+    orthogonal: bool
+    activation: Activation | None
+    forward: Float[np.ndarray, "n n"]
+    covariance: Float[np.ndarray, "n n"]
+    slopes: Float[np.ndarray, "n n"]
+    backward: Float[np.ndarray, "n n"]
+
+    @property
+    def tangent(self) -> Float[np.ndarray, "n n"]:
+        """Its share of Theta."""
+        share: Float[np.ndarray, "n n"] = self.forward * self.backward
+        return share
+
+    @property
+    def kept_forward(self) -> float:
+        """Share of the fluctuation of |W x|^2 that orthogonal weights leave out."""
+        return min(1.0, self.fan_out / self.fan_in) if self.orthogonal else 0.0
+
+    @property
+    def kept_backward(self) -> float:
+        """Share of the fluctuation of |W^T x|^2 that orthogonal weights leave out."""
+        return min(1.0, self.fan_in / self.fan_out) if self.orthogonal else 0.0
+
+
+def kernel_layers(
+    architecture: Architecture, gram: Float[np.ndarray, "n n"], biases: Sequence[bool] | None
+) -> tuple[KernelLayer, ...]:
+    """The kernels of every layer; arguments, errors and formulas are those of `wide_kernel`."""
     layers = [_dense(layer) for layer in architecture.layers]
     has_bias = [True] * len(layers) if biases is None else list(biases)
     if len(has_bias) != len(layers):
@@ -64,23 +111,25 @@ def wide_kernel(
         raise ValueError(f"the inputs' Gram matrix must be square and symmetric, got shape {gram.shape}.")
     if layers[-1].activation is not None:
         raise ValueError("the kernel is taken of outputs without an activation behind them.")
-    kernel, kernels, slopes, variance = gram, [gram], [], 0.0
-    for layer in layers:
+    kernel, forward, covariances, slopes = gram, [], [], []
+    for layer, bias in zip(layers, has_bias, strict=True):
+        forward.append(layer.n_in * kernel + bias)
         covariance = layer.sigma_w**2 * kernel + layer.sigma_b**2
         if layer.activation is None:
             kernel, slope = covariance, np.ones_like(covariance)
         else:
             kernel, slope = kernel_values(layer.activation, covariance), kernel_slopes(layer.activation, covariance)
-            variance += (3.0 * slope_variance(layer.activation, float(np.diag(covariance).mean())) + 2.0) / layer.n_out
-        kernels.append(kernel)
+        covariances.append(covariance)
         slopes.append(slope)
-    tangent, backward = np.zeros_like(gram), np.ones_like(gram)
-    for index in range(len(layers) - 1, -1, -1):
-        layer = layers[index]
-        tangent += (layer.n_in * kernels[index] + has_bias[index]) * backward
-        if index:
-            backward = slopes[index - 1] * layer.sigma_w**2 * backward
-    return WideKernel(kernels[-1], tangent, float(np.sqrt(variance)))
+    backward = [np.ones_like(gram)]
+    for layer, slope in zip(layers[:0:-1], slopes[-2::-1], strict=True):
+        backward.insert(0, slope * layer.sigma_w**2 * backward[0])
+    return tuple(
+        KernelLayer(
+            layer.n_in, layer.n_out, layer.sigma_w**2, layer.ensemble == "orthogonal", layer.activation, *matrices
+        )
+        for layer, *matrices in zip(layers, forward, covariances, slopes, backward, strict=True)
+    )
 
 
 def _dense(layer: object) -> Layer:
