@@ -57,6 +57,23 @@ def test_estimates_scale_with_the_operator(name: str, exponent: int) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTITIES)
+@pytest.mark.parametrize("exponent", [-450, -660])
+def test_small_numbers_in_float64_are_scaled_or_refused_with_the_remedy(name: str, exponent: int) -> None:
+    """1e-135, and 1e-199, whose squares are zero: an error of zero would claim that an estimate is exact."""
+    matrix = symmetric_matrix(np.append(np.linspace(-1, 1, 70), 4.0), 0)
+    value, error = QUANTITIES[name](DenseOperator(matrix, symmetric=True))
+    small = DenseOperator(matrix * 2.0**exponent, symmetric=True)
+    if exponent == -660 and name in ("hutchinson", "trace", "hutch++", "xtrace"):
+        with pytest.raises(ValueError, match=r"2.0\*\*500 \* operator"):
+            QUANTITIES[name](small)
+        small, exponent = 2.0**500 * small, exponent + 500
+    scaled, scaled_error = QUANTITIES[name](small)
+    assert scaled / 2.0**exponent == pytest.approx(value, rel=1e-6, abs=1e-9)
+    if error is not None and scaled_error is not None:
+        assert scaled_error / 2.0**exponent == pytest.approx(error, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_costs_the_rounding_of_its_products_and_no_more(name: str, dtype: torch.dtype) -> None:
     matrix = symmetric_matrix(np.append(np.linspace(-1, 1, 70), 4.0), 0).to(dtype)

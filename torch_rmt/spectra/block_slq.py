@@ -189,10 +189,11 @@ def resolved(
     """
     width = len(run.coupling)
     ritz, vectors = pairs
-    residuals = np.linalg.norm(run.coupling @ vectors[-width:], axis=0)
+    size = float(np.abs(ritz).max(initial=0.0)) or 1.0
+    residuals = size * np.linalg.norm(run.coupling / size @ vectors[-width:], axis=0)  # its squares shall not vanish
     seen = ((run.start.T @ vectors[:width]) ** 2).mean(axis=0) > _NEGLIGIBLE
     places, ritz, residuals = np.flatnonzero(seen), ritz[seen], residuals[seen]
-    rounding = 100.0 * eps * float(np.abs(ritz).max(initial=0.0))
+    rounding = 100.0 * eps * size
     apart = np.diff(ritz) > residuals[1:] + residuals[:-1] + rounding
     known = np.zeros(nodes.shape, dtype=bool)
     found = np.zeros(seen.shape, dtype=bool)

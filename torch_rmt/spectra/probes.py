@@ -12,6 +12,7 @@ from torch_rmt.operators.base import LinearOperator
 _ROWS_AT_ONCE = 2**13  # of a sum over rows; found by tuning, as the next
 _COLUMNS_FOR_GEMM = 64  # beyond, the products of unlike columns cost more than they save
 _LONG = 2**15  # entries from which on a host makes them of random bytes
+_SHORTEST_SQUARED, _ENLARGED = 1e-290, 500  # smaller squares lose digits; a factor 2^500 brings any number within
 _CUBIC, _QUINTIC = -2.39241263019674, 2.40544280151054  # for moments of a normal up to the seventh
 
 
@@ -89,7 +90,15 @@ def squared_lengths(vectors: Float[Tensor, "dim count"]) -> tuple[Float64[Tensor
     """Squared length of each column, and whether all are so far from the ends of the range that sums are tame."""
     quick = column_dots(vectors, vectors, tame=True)
     tame = bool(((quick > 1e-12) & (quick < 1e24)).all())
-    return (quick if tame else column_dots(vectors, vectors)), tame
+    if tame:
+        return quick, True
+    exactly = column_dots(vectors, vectors)
+    if bool((vectors.any(dim=0) & (exactly < _SHORTEST_SQUARED)).any()):
+        raise ValueError(
+            "products as short as these have no squares in float64, so no error could be told; measure the operator "
+            f"times a number, as in `2.0**{_ENLARGED} * operator`, and divide what comes out by it"
+        )
+    return exactly, False
 
 
 def _pieces(rows: int) -> list[slice]:
@@ -99,8 +108,13 @@ def _pieces(rows: int) -> list[slice]:
 
 
 def column_norms(vectors: Float[Tensor, "dim count"]) -> Float64[Tensor, " count"]:
-    """Euclidean norm of each column in float64, so that it neither overflows nor stalls."""
-    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
+    """Euclidean norm of each column in float64, so that it neither stalls nor, for a short one, underflows."""
+    lengths: Tensor
+    if vectors.dtype != torch.float64:  # squares of all narrower numbers are within its range
+        lengths = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
+        return lengths
+    exponent = torch.frexp(vectors.abs().amax(dim=0)).exponent.clamp(-1000, 0)  # a power of two rounds nothing
+    lengths = torch.ldexp(torch.linalg.vector_norm(torch.ldexp(vectors, -exponent), dim=0), exponent)
     return lengths
 
 

@@ -156,14 +156,16 @@ class Spectrum:
         if self.probes == 0:
             return mean, 0.0
         weights, share, dim = self._sampled()
-        squares = (values - (weights * values).sum()) ** 2
+        away = values - (weights * values).sum()
+        size = float(np.abs(away).max(initial=0.0)) or 1.0  # squares of small numbers would vanish
+        squares = (away / size) ** 2
         variance = float((weights * squares).sum())
         if variance == 0.0:
             return mean, 0.0
         relative = (weights * (squares / variance - 1.0) ** 2).sum()
         freedom = (dim + 2) * self.probes / max(float(relative), 1e-300)
         inflation = 1.0 + 2.0 / max(freedom - 2.0, 1.0)
-        return mean, float(share * np.sqrt(inflation * 2.0 * variance / ((dim + 2) * self.probes)))
+        return mean, float(size * share * np.sqrt(inflation * 2.0 * variance / ((dim + 2) * self.probes)))
 
 
 def _cdf(

@@ -155,7 +155,7 @@ class _Sketch:
         # A range smaller than the sketch leaves zeros on the diagonal of R; any tiny number there will do,
         # since the direction it lets in adds nothing to the trace.
         pivot = self.r.diagonal().abs()
-        tiny = self.eps * pivot.max().clamp_min(torch.finfo(torch.float32).tiny)
+        tiny = self.eps * torch.where(pivot.max() > 0, pivot.max(), 1.0)
         r = self.r + torch.diag(torch.where(pivot <= tiny, tiny, 0.0))
         s = torch.linalg.solve_triangular(r, torch.eye(count, dtype=r.dtype), upper=True).T
         s = s / s.norm(dim=0)
@@ -281,7 +281,7 @@ def _sphere_mean(blocks: Sequence[_Probed], freedom: int, *, symmetric: bool) ->
         if not symmetric:
             variance = torch.maximum(variance, freedom**2 * quadratic.var() / count)
         # |A v|^2 has noise too, large where one eigenvalue outweighs the rest: inflate as Student does.
-        noise = squared.var() / (count * second.square()).clamp_min(1e-300)
+        noise = (squared / second.clamp_min(1e-300)).var() / count
         variance = variance * (1.0 + 2.0 / (2.0 / noise.clamp_min(1e-12) - 2.0).clamp_min(1.0))
     value, error = _host(freedom * mean, variance.sqrt())
     return value, error
