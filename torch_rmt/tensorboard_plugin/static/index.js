@@ -15,6 +15,7 @@ const state = {
   index: {runs: {}, most_steps: 0},
   tag: null,
   chosen: null, // a set of runs; null until there are any
+  known: new Set(), // runs that were there when last asked
   step: Infinity,
   scale: 'auto',
   height: 'auto',
@@ -23,10 +24,11 @@ const state = {
   metric: null,
   logSteps: null, // null: where the steps themselves are spread so
   timer: null,
+  lawOpen: false,
 };
 
 let shown = []; // [{run, colour, points, skipped}] of the tag and runs that are chosen
-let axisCache = {key: null};
+let common = {key: null};
 const page = {};
 
 export async function render() {
@@ -41,8 +43,11 @@ export async function render() {
   await styled;
   page.side = make('nav', {'aria-label': 'spectra and runs'});
   page.main = make('main');
+  for (const part of ['words', 'history', 'pictures']) page[part] = make('div');
+  page.stepper = makeStepper();
   document.body.append(page.side, page.main);
   document.addEventListener('keydown', onKey);
+  window.addEventListener('resize', () => requestAnimationFrame(() => shown.length && paint()));
   onReload(refresh);
   await refresh();
 }
@@ -62,7 +67,15 @@ async function refresh() {
   }
   const tags = tagNames();
   if (!tags.some(([tag]) => tag === state.tag)) state.tag = tags[0][0];
-  if (state.chosen === null) state.chosen = new Set(runs.filter((run) => entry(run, state.tag)).slice(0, MOST_AT_FIRST));
+  const choosable = runs.filter((run) => entry(run, state.tag));
+  if (state.chosen === null) {
+    state.chosen = new Set(choosable.slice(0, MOST_AT_FIRST));
+  } else if (choosable.every((run) => state.chosen.has(run) || !state.known.has(run))) {
+    // A run that has begun meanwhile joins the others where all of them are on show.
+    const room = Math.max(0, MOST_AT_FIRST - state.chosen.size);
+    choosable.filter((run) => !state.known.has(run)).slice(0, room).forEach((run) => state.chosen.add(run));
+  }
+  state.known = new Set(runs);
   for (const run of [...state.chosen]) if (!runs.includes(run)) state.chosen.delete(run);
   paintSide();
   await load();
@@ -181,9 +194,13 @@ function paint() {
     notes.push(note(`TensorBoard keeps ${state.index.most_steps} steps drawn at random; to keep all: ` +
         'tensorboard --samples_per_plugin torch_rmt_spectra=0'));
   }
-  const focus = document.activeElement && document.activeElement.id;
-  page.main.replaceChildren(...notes, history(all, now), stepper(all, now), pictures(now));
-  if (focus) document.getElementById(focus)?.focus();
+  page.words.replaceChildren(...notes);
+  page.history.replaceChildren(history(all, now));
+  page.pictures.replaceChildren(pictures(now));
+  updateStepper(all, now);
+  if (page.words.parentNode !== page.main) {
+    page.main.replaceChildren(page.words, page.history, page.stepper.whole, page.pictures);
+  }
 }
 
 const note = (text) => make('p', {class: 'note', role: 'status'}, text);
@@ -195,7 +212,7 @@ function history(all, now) {
   const metric = metrics.some(({key}) => key === state.metric) ? state.metric : metrics[0].key;
   const spread = all.length > 4 && all.at(-1) > 20 * (all[Math.floor(all.length / 2)] || 1);
   const logSteps = state.logSteps === null ? spread : state.logSteps;
-  const chooser = make('select', {id: 'metric', 'aria-label': 'number in the history', onchange: (event) => {
+  const chooser = make('select', {'aria-label': 'number in the history', onchange: (event) => {
     state.metric = event.target.value;
     paint();
   }}, ...metrics.map(({key, text}) => make('option', {value: key, selected: key === metric}, text)));
@@ -207,19 +224,33 @@ function history(all, now) {
       make('header', {}, chooser, log, make('span', {class: 'key'},
           make('i', {class: 'dot-key agrees'}), 'law holds', make('i', {class: 'dot-key departs'}), 'departs',
           make('i', {class: 'dot-key undecided'}), 'not decided')),
-      stripPicture(runs, metric, now, logSteps, go));
+      stripPicture(runs, metric, now, logSteps, Math.max(360, page.main.clientWidth - 54), go));
 }
 
-function stepper(all, now) {
+/** The slider and its buttons, made once: an element that is replaced while it is dragged stops moving. */
+function makeStepper() {
+  const button = (text, title, onclick) => make('button', {type: 'button', title, onclick}, text);
+  const parts = {
+    play: button('▶', 'play (space)', play),
+    back: button('‹', 'step before (←)', () => move(-1)),
+    on: button('›', 'next step (→)', () => move(1)),
+    slider: make('input', {type: 'range', min: '0', 'aria-label': 'step', oninput: (event) => go(steps()[Number(event.target.value)])}),
+    said: make('output'),
+  };
+  return {...parts, whole: make('div', {class: 'stepper'}, ...Object.values(parts))};
+}
+
+function updateStepper(all, now) {
   const at = all.indexOf(now);
-  const playing = state.timer !== null;
-  return make('div', {class: 'stepper'},
-      make('button', {type: 'button', id: 'play', title: playing ? 'pause (space)' : 'play (space)', onclick: play}, playing ? '❚❚' : '▶'),
-      make('button', {type: 'button', id: 'back', title: 'step before (←)', disabled: at === 0, onclick: () => go(all[at - 1])}, '‹'),
-      make('button', {type: 'button', id: 'on', title: 'next step (→)', disabled: at === all.length - 1, onclick: () => go(all[at + 1])}, '›'),
-      make('input', {type: 'range', id: 'steps', min: '0', max: String(all.length - 1), value: String(at), 'aria-label': 'step',
-        'aria-valuetext': `step ${now}`, oninput: (event) => go(all[Number(event.target.value)])}),
-      make('output', {}, `step ${now.toLocaleString('en')}`, make('small', {}, `${at + 1} of ${all.length}`)));
+  const {play: button, back, on, slider, said} = page.stepper;
+  button.textContent = state.timer === null ? '▶' : '❚❚';
+  button.title = state.timer === null ? 'play (space)' : 'pause (space)';
+  back.disabled = at === 0;
+  on.disabled = at === all.length - 1;
+  slider.max = String(all.length - 1);
+  slider.value = String(at);
+  slider.setAttribute('aria-valuetext', `step ${now}`);
+  said.replaceChildren(`step ${now.toLocaleString('en')}`, make('small', {}, `${at + 1} of ${all.length}`));
 }
 
 function go(step) {
@@ -260,32 +291,37 @@ function onKey(event) {
   event.preventDefault();
 }
 
-/** Layouts of all points on the common axis, made anew when points or axis change. */
-function layouts(axis) {
-  const key = JSON.stringify([state.tag, axis, shown.map(({run, points}) => [run, points.length, points.at(-1)?.step])]);
-  if (axisCache.key !== key) {
-    axisCache = {key, of: new Map(shown.flatMap(({points}) => points.map((point) => [point, layOut(point, axis)])))};
+/** All points laid out on their common axis, kept until points or axis change: {axis, of, range, logarithmic}. */
+function commonLayout(points) {
+  const key = JSON.stringify([state.tag, state.scale, shown.map(({run, points: of}) => [run, of.length, of.at(-1)?.step])]);
+  if (common.key !== key) {
+    const axis = commonAxis(points, state.scale);
+    const of = new Map(points.map((point) => [point, layOut(point, axis)]));
+    const all = [...of.values()];
+    common = {key, axis, of, range: horizontalRange(all), logarithmic: wantsLogarithm(all)};
   }
-  return axisCache.of;
+  return common;
 }
 
 function pictures(now) {
   const runs = shown.filter(({points}) => points.length);
-  const everything = runs.flatMap(({points}) => points);
   const current = runs.map(({points}) => pointAt(points, now));
-  const axis = commonAxis(state.hold === 'neither' ? current : everything, state.scale);
-  const of = layouts(axis);
-  const laid = (points) => points.map((point) => of.get(point) || layOut(point, axis));
-  const range = horizontalRange(laid(state.hold === 'neither' ? current : everything));
+  const everything = commonLayout(runs.flatMap(({points}) => points));
+  let {axis, of, range} = everything;
+  if (state.hold === 'neither') {
+    axis = commonAxis(current, state.scale);
+    of = new Map(runs.flatMap(({points}, i) => [points[0], current[i]]).map((point) => [point, layOut(point, axis)]));
+    range = horizontalRange(current.map((point) => of.get(point)));
+  }
   // Decided for all steps at once, so that heights do not change their meaning while steps go by.
-  const logarithmic = state.height === 'auto' ? wantsLogarithm(laid(everything)) : state.height === 'log';
-  const vertical = verticalRange(laid(state.hold === 'both' ? everything : current), logarithmic);
+  const logarithmic = state.height === 'auto' ? everything.logarithmic : state.height === 'log';
+  const vertical = verticalRange(state.hold === 'both' ? [...of.values()] : current.map((point) => of.get(point)), logarithmic);
   const scale = {linear: '', log: ', logarithmic', symlog: ', symmetric logarithm'}[axis.scale];
   return make('div', {class: runs.length > 1 ? 'panels' : 'panels single'}, ...runs.map(({run, colour, points}, i) => {
     const point = current[i];
     const frame = {axis, range, vertical, label: point.label + scale};
-    const ghost = state.ghost && point !== points[0] ? of.get(points[0]) || layOut(points[0], axis) : null;
-    return panel(run, colour, point, now, spectrumPicture(of.get(point) || layOut(point, axis), ghost, frame,
+    const ghost = state.ghost && point !== points[0] ? of.get(points[0]) : null;
+    return panel(run, colour, point, now, spectrumPicture(of.get(point), ghost, frame,
         `${run}, ${point.name}, step ${point.step}: ${point.verdict}`));
   }));
 }
@@ -293,6 +329,8 @@ function pictures(now) {
 function panel(run, colour, point, now, picture) {
   const [badge, said] = point.agrees === true ? ['agrees', 'as predicted'] : point.agrees === false ?
       ['departs', 'departs'] : point.law ? ['undecided', 'not decided'] : ['undecided', 'no law'];
+  const count = point.outlier_count;
+  const beyond = count && point.agrees === true ? `, ${count} ${count === 1 ? 'outlier' : 'outliers'}` : '';
   const others = point.step === now ? '' : point.step < now ? ' (its latest so far)' : ' (its first)';
   const words = [...point.notes];
   if (point.outlier_count) {
@@ -309,11 +347,13 @@ function panel(run, colour, point, now, picture) {
   return make('article', {class: 'card'},
       make('header', {}, make('i', {class: 'run-key', style: `background:${colour}`}), make('b', {}, run === '.' ? 'this run' : run),
           make('span', {class: 'at'}, `step ${point.step.toLocaleString('en')}${others}`),
-          make('span', {class: `badge ${badge}`}, said)),
+          make('span', {class: `badge ${badge}`}, said + beyond)),
       picture,
       make('p', {class: 'verdict'}, point.verdict),
       make('p', {class: 'small'}, words.join(' · ')),
-      point.law ? make('details', {}, make('summary', {}, 'the law'),
+      point.law ? make('details', {open: state.lawOpen, ontoggle: (event) => {
+        state.lawOpen = event.target.open;
+      }}, make('summary', {}, 'the law'),
           make('p', {}, point.law.reference || 'measured parts, combined as if free'),
           make('ul', {}, ...point.law.assumptions.map((text) => make('li', {}, text)))) : null);
 }

@@ -3,7 +3,6 @@
 import {number, powerTicks, roundSteps} from './axis.js';
 import {draw} from './dom.js';
 
-const WIDTH = 1240;
 const HEIGHT = 150;
 const LEFT = 58;
 const RIGHT = 14;
@@ -43,9 +42,9 @@ export function metricOf(point, key) {
 /**
  * @param runs [{run, colour, points}]
  * @param key of the number, `step` where we are, `logSteps` whether early steps take more room
- * @param choose called with the step that was clicked at
+ * @param width in pixels, `choose` called with the step that was clicked at
  */
-export function stripPicture(runs, key, step, logSteps, choose) {
+export function stripPicture(runs, key, step, logSteps, width, choose) {
   const isDistance = key in KINDS;
   const lines = runs.map(({run, colour, points}) => ({
     run, colour,
@@ -54,7 +53,7 @@ export function stripPicture(runs, key, step, logSteps, choose) {
   const steps = runs.flatMap(({points}) => points.map((p) => p.step));
   const values = lines.flatMap(({dots}) => dots.map((dot) => dot.y));
   if (isDistance) values.push(1);
-  const right = WIDTH - RIGHT;
+  const right = width - RIGHT;
   const bottom = HEIGHT - BOTTOM;
   const along = logSteps ? (s) => Math.log10(1 + Math.max(s, 0)) : (s) => s;
   const [first, last] = [Math.min(...steps), Math.max(...steps)];
@@ -70,7 +69,7 @@ export function stripPicture(runs, key, step, logSteps, choose) {
   high += margin;
   const up = (y) => bottom - (level(y) - low) / (high - low) * (bottom - TOP);
 
-  const svg = draw('svg', {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: 'img', class: 'strip',
+  const svg = draw('svg', {viewBox: `0 0 ${width} ${HEIGHT}`, role: 'img', class: 'strip',
     'aria-label': 'history over the steps of training'});
   const rungs = logarithmic ? powerTicks(low, high).map(([e, text]) => [10 ** e, text]) : null;
   const marks = rungs && rungs.length >= 2 ? rungs :
@@ -86,7 +85,7 @@ export function stripPicture(runs, key, step, logSteps, choose) {
         draw('line', {class: 'noise', x1: LEFT, x2: right, y1: up(1), y2: up(1)}),
         draw('text', {class: 'noise-text', x: right - 4, y: up(1) - 4, 'text-anchor': 'end'}, 'noise floor'));
   }
-  for (const [s, text] of stepTicks(first, last, logSteps)) {
+  for (const [s, text] of stepTicks(first, last, logSteps, width)) {
     svg.append(
         draw('line', {class: 'axis', x1: across(s), x2: across(s), y1: bottom, y2: bottom + 4}),
         draw('text', {x: across(s), y: bottom + 16, 'text-anchor': 'middle'}, text));
@@ -108,16 +107,16 @@ export function stripPicture(runs, key, step, logSteps, choose) {
   const all = [...new Set(steps)];
   const jump = (event) => {
     const box = svg.getBoundingClientRect();
-    const at = (event.clientX - box.left) / box.width * WIDTH;
+    const at = (event.clientX - box.left) / box.width * width;
     choose(all.reduce((a, b) => Math.abs(across(b) - at) < Math.abs(across(a) - at) ? b : a));
   };
   svg.addEventListener('click', jump);
   return svg;
 }
 
-function stepTicks(first, last, logSteps) {
+function stepTicks(first, last, logSteps, width) {
   if (!logSteps) {
-    return roundSteps(first, last, 8).filter((s) => Number.isInteger(s)).map((s) => [s, s.toLocaleString('en')]);
+    return roundSteps(first, last, width / 150).filter((s) => Number.isInteger(s)).map((s) => [s, s.toLocaleString('en')]);
   }
   const out = first === 0 ? [[0, '0']] : [];
   for (let e = 0; 10 ** e <= last; e++) {
