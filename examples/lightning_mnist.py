@@ -2,7 +2,7 @@
 
     python examples/lightning_mnist.py
 
-Then `tensorboard --logdir lightning_logs`: spectra beside their laws, step by step, under Spectra; numbers under Scalars.
+Then `tensorboard --logdir lightning_logs`: spectra beside their laws under Spectra, numbers under Scalars.
 """
 
 from __future__ import annotations
