@@ -200,3 +200,14 @@ def test_values_of_float32_are_good_to_its_rounding(seed: int) -> None:
     truth = np.sort(np.abs(MATRIX_SPECTRA["spike"]))[::-1][:3]
     allowed = 10 * torch.finfo(torch.float32).eps * truth[0] + found.residuals**2
     assert (np.abs(np.abs(found.values) - truth) <= allowed).all()
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("most", [30, 31, 100])
+def test_no_more_products_than_allowed(most: int, block: int) -> None:
+    """Whether the check takes one product or, at a tolerance below rounding, one for each pair."""
+    operator = symmetric_operator("flat", 0)
+    for tolerance in (1e-3, 1e-15):
+        found = top_eigenvalues(operator, 4, generator(0), tolerance=tolerance, block=block, max_matvecs=most)
+        assert found.matvecs <= most
+        assert found.converged or found.matvecs >= most - block - 5

@@ -81,8 +81,13 @@ def test_chebyshev_markov_stieltjes(seed: int) -> None:
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (40, 40)])
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_golub_kahan_decomposition(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    matrix = torch.randn(shape, generator=generator(0), dtype=torch.float64).to(dtype)
+@pytest.mark.parametrize("falling", [False, True], ids=["flat", "decades"])
+def test_golub_kahan_decomposition(shape: tuple[int, int], dtype: torch.dtype, falling: bool) -> None:
+    matrix = torch.randn(shape, generator=generator(0), dtype=torch.float64)
+    if falling:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        matrix = left * torch.logspace(0, -6, left.shape[1], dtype=torch.float64) @ right
+    matrix = matrix.to(dtype)
     operator = DenseOperator(matrix)
     steps = 20
     run = golub_kahan(operator, start(operator, 2, 1), steps, reorthogonalise=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,10 +11,20 @@ import torch
 from torch import Tensor
 
 from torch_rmt.operators import Dense, LinearOperator
-from torch_rmt.spectra import SLQ, DenseOperator, Spectrum, exact, golub_kahan
+from torch_rmt.spectra import (
+    SLQ,
+    DenseOperator,
+    Spectrum,
+    exact,
+    golub_kahan,
+    hutch_plus_plus,
+    trace,
+    xtrace,
+)
 from torch_rmt.spectra.exact import to_dense
 from torch_rmt.spectra.gram import Complement, Gram
 from torch_rmt.spectra.kpm import KPM
+from torch_rmt.spectra.traces import Estimate
 
 
 class Counted(Dense):
@@ -99,3 +110,29 @@ def test_standard_errors_where_they_are_closed(probes: int, dim: int) -> None:
     assert spectrum.cdf_resolution([-2.0, 0.0, 4.0]) == pytest.approx([0.0, 0.5 / math.sqrt(12), 0.0])
     assert spectrum.cdf_resolution([0.0], zero=1.5) == pytest.approx([0.25 / math.sqrt(12)])
     assert spectrum.cdf_resolution([0.0], zero=0.5) == pytest.approx([0.5 / math.sqrt(12)])
+
+
+def test_what_is_left_of_a_positive_operator_is_positive() -> None:
+    """Eigenvectors known to a percent leave a matrix of rank two whose rounding may fall on either side of zero."""
+    factor = drawn(60, 5, 0).float()
+    operator = Gram(Dense(factor.T))
+    assert Complement(operator, factor[:, :1]).positive
+    assert not Complement(Dense(factor[:5], symmetric=False), factor[:5, :1]).positive
+    for seed in range(3):
+        spectrum = SLQ(2, 8, deflate=3)(operator, torch.Generator().manual_seed(seed))
+        assert spectrum.nodes.min() >= 0.0
+
+
+def test_a_spectrum_has_a_probability_for_weights() -> None:
+    for weights in ([[1.5, -0.5]], [[0.5, 0.4]]):
+        with pytest.raises(ValueError, match="non-negative and each row sums to one"):
+            Spectrum(np.array([[0.0, 1.0]]), np.array(weights), dim=2, matvecs=2, method="exact")
+
+
+@pytest.mark.parametrize("estimate", [trace, hutch_plus_plus, xtrace])
+def test_a_trace_within_its_budget(estimate: Callable[..., Estimate]) -> None:
+    operator = Dense(torch.diag(torch.linspace(0.0, 1.0, 40, dtype=torch.float64)), symmetric=True)
+    for budget in (6, 7, 20):
+        assert estimate(operator, torch.Generator().manual_seed(0), matvecs=budget).matvecs <= budget
+    with pytest.raises(ValueError, match="at least 6"):
+        estimate(operator, torch.Generator().manual_seed(0), matvecs=5)
