@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -140,3 +142,80 @@ def test_compiled_modules_are_measured_eagerly() -> None:
         dense(Hessian(compiled, nn.functional.mse_loss, (x, y))),
         dense(Hessian(net, nn.functional.mse_loss, (x, y))),
     )
+
+
+COUNTED = {"calls": 0}
+TOTAL = 0
+
+
+def test_what_hooks_write_is_put_back() -> None:
+    class Meter:
+        def __init__(self) -> None:
+            self.calls, self.kept = 0, deque([0])
+
+        def __call__(self, *_: Any) -> None:
+            self.calls += 1
+            self.kept.append(self.calls)
+
+    closed, meter, held = [0], Meter(), 0
+    inner = Meter()
+
+    def closure(*_: Any) -> None:
+        nonlocal held
+        held += 1
+        closed.append(held)
+        inner()
+
+    def globally(*_: Any) -> None:
+        global TOTAL
+        TOTAL += 1
+        COUNTED["calls"] += 1
+
+    def wrapped(times: list[int], *_: Any) -> None:
+        times.append(1)
+        closure()
+
+    times = [1]
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for hook in (meter, meter.__call__, closure, globally, functools.partial(wrapped, times)):
+        net[0].register_forward_hook(hook)
+    net[1].register_forward_pre_hook(closure)
+    net[1].register_full_backward_hook(closure)
+
+    def state() -> list[Any]:
+        return [meter.calls, list(meter.kept), list(closed), held, inner.calls, dict(COUNTED), TOTAL, list(times)]
+
+    net(torch.ones(1, 2)).sum().backward()
+    before = state()
+    with undisturbed(net):
+        net(torch.ones(1, 2)).sum().backward()
+        assert all(now != then for now, then in zip(state(), before, strict=True))
+    assert state() == before
+
+
+def test_contents_of_containers_and_own_generators_are_put_back() -> None:
+    net = nn.Linear(2, 2)
+    net.queue, net.nested = deque([1], maxlen=3), {"list": [1], "deep": {"set": {1}}}
+    net.generators = [torch.Generator().manual_seed(1), np.random.default_rng(1), random.Random(1)]
+    net.legacy = np.random.RandomState(1)
+
+    def drawn() -> list[Any]:
+        first, second, third = net.generators
+        return [torch.rand(1, generator=first).item(), second.random(), third.random(), net.legacy.rand()]
+
+    with undisturbed(net):
+        inside = drawn()
+        net.queue.append(2)
+        net.nested["list"].append(2)
+        net.nested["deep"]["set"].add(2)
+    assert drawn() == inside
+    assert (list(net.queue), net.nested) == ([1], {"list": [1], "deep": {"set": {1}}})
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(2), nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False))])
+def test_lazy_modules_are_refused_by_name(lazy: nn.Module) -> None:
+    with (
+        pytest.raises(ValueError, match=r"'(weight|1.running_mean)' of \w+ has no shape yet: run the lazy"),
+        undisturbed(lazy),
+    ):
+        pass

@@ -217,9 +217,9 @@ class _Values:
             self.tensor.copy_(self.copy)
 
 
-def _lazy(modules: Iterable[nn.Module]) -> str:
-    named = [pair for m in modules for pair in (*m.named_parameters(), *m.named_buffers())]
-    return next(repr(name) for name, tensor in named if is_lazy(tensor))
+def _first_lazy(modules: Iterable[nn.Module]) -> str:
+    named = [(m, *pair) for m in modules for pair in (*m.named_parameters(), *m.named_buffers())]
+    return next(f"{name!r} of {type(m).__name__}" for m, name, tensor in named if is_lazy(tensor))
 
 
 @contextmanager
@@ -255,7 +255,7 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
     parameters = {id(p): p for module in modules for p in module.parameters()}.values()
     buffers = {id(b): b for module in modules for b in module.buffers()}.values()
     if any(is_lazy(tensor) for tensor in (*parameters, *buffers)):
-        raise ValueError(f"{_lazy(modules)} has no shape yet: run the lazy modules on one batch first.")
+        raise ValueError(f"{_first_lazy(modules)} has no shape yet: run the lazy modules on one batch first.")
     states = _state_of(submodules)
     gradients = [(p, p.requires_grad, p.grad) for p in parameters]
     with torch.no_grad():

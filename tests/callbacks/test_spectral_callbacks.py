@@ -62,6 +62,13 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 # --- what is logged, and where --------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw them takes longer than to measure."""
+    monkeypatch.setattr("torch_rmt.sinks.TensorBoardSink.write_pictures", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_no_pictures")
 def test_every_logger_gets_every_scalar_under_its_own_separator(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path / "csv")
     board = TensorBoardLogger(tmp_path / "board")
@@ -90,7 +97,7 @@ def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
 
     board = TensorBoardLogger(tmp_path)
     torch.manual_seed(0)
-    fit(Classifier(mlp()), [SpectralMonitor(**SELDOM)], logger=board)
+    fit(Classifier(mlp()), [SpectralMonitor(schedule=lambda step: False, max_seconds=1e9)], logger=board, epochs=1)
     board.finalize("success")
     (path,) = tmp_path.rglob("events.out.*")
     events = EventAccumulator(str(path))
@@ -104,6 +111,7 @@ def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_no_flood_of_charts(tmp_path: Path) -> None:
     def network(depth: int) -> nn.Module:
         hidden = [m for _ in range(depth) for m in (nn.Linear(8, 8), nn.Tanh())]
@@ -464,7 +472,7 @@ def test_self_log_in_forward_is_silent_while_measuring(tmp_path: Path) -> None:
     module = Chatty(mlp())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=RuntimeWarning, message="CurvatureSpectrum")
-        fit(module, [CurvatureSpectrum(what=["fisher"], **ALWAYS)], logger=CSVLogger(tmp_path))
+        fit(module, [CurvatureSpectrum(what=["fisher"], **SELDOM)], logger=CSVLogger(tmp_path))
     assert calls.count(True) == 7  # six steps, and one look at the loss
     assert calls.count(False) > 6
     assert "log" not in vars(module)

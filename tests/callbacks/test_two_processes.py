@@ -15,13 +15,20 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from tests.callbacks.runs import Classifier, blobs, norm_and_dropout
-from torch_rmt.callbacks import CriticalInit, SpectralMonitor
+from torch_rmt.callbacks import CriticalInit, JacobianSpectrum, SpectralMonitor
 
 out, watched = Path(sys.argv[1]), sys.argv[2] == "with"
 torch.manual_seed(0)
 module = Classifier(norm_and_dropout())
 monitor = SpectralMonitor(schedule=lambda step: step % 4 == 0, max_seconds=1e9)
-callbacks = [CriticalInit(), monitor] if watched else [CriticalInit()]
+def of_one(batch):
+    "A batch that the second process cannot read: the first must not wait for it."
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("not here")
+    return batch
+
+partly = JacobianSpectrum(schedule=lambda step: step == 2, max_seconds=1e9, batch=of_one, name="partly")
+callbacks = [CriticalInit(), monitor, partly] if watched else [CriticalInit()]
 trainer = pl.Trainer(
     max_epochs=2, strategy="ddp", devices=2, accelerator="cpu", callbacks=callbacks, log_every_n_steps=1,
     logger=CSVLogger(out, name="", version=""),
@@ -30,7 +37,7 @@ trainer = pl.Trainer(
 trainer.fit(module, DataLoader(blobs(), batch_size=12, shuffle=True))
 state = {k: v.tolist() for k, v in module.state_dict().items()}
 rank = trainer.global_rank
-found = {"state": state, "measured": sorted(monitor.latest), "losses": module.losses}
+found = {"state": state, "measured": sorted(monitor.latest), "losses": module.losses, "partly": len(partly.latest)}
 (out / f"{rank}.json").write_text(json.dumps(found))
 """
 
@@ -51,6 +58,8 @@ def test_all_measure_and_the_first_logs(tmp_path: Path) -> None:
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
+        said = "JacobianSpectrum measures nothing at step 2. Another process could not read its batch"
+        assert (said in done.stderr) == (name == "with")
         found[name] = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
         header = (out / "metrics.csv").read_text().splitlines()[0]
         assert ("jacobian/mean" in header) == (name == "with")
@@ -58,6 +67,7 @@ def test_all_measure_and_the_first_logs(tmp_path: Path) -> None:
         assert found["with"][rank]["state"] == found["without"][rank]["state"]
         assert found["with"][rank]["losses"] == found["without"][rank]["losses"]
         assert found["with"][rank]["measured"] == ["fisher", "hessian", "jacobian"]
+        assert found["with"][rank]["partly"] == 0
     first, second = (found["with"][rank]["state"] for rank in (0, 1))
     # Running statistics of BatchNorm are each process's own.
     assert all(first[key] == second[key] for key in first if "running" not in key)

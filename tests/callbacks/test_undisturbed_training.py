@@ -26,7 +26,8 @@ def _run(net: Callable[[], nn.Module], callbacks: list[Any], folder: Path, seed:
         # A measurement that fails would leave the run undisturbed too.
         warnings.filterwarnings("error", category=RuntimeWarning, message=".*Spectr")
         warnings.filterwarnings("error", category=RuntimeWarning, message=".*Curvature")
-        trainer = fit(module, callbacks, seed=seed, logger=[CSVLogger(folder), TensorBoardLogger(folder)], **settings)
+        loggers = settings.pop("logger", CSVLogger(folder))
+        trainer = fit(module, callbacks, seed=seed, logger=loggers, **settings)
     return everything(trainer, module)
 
 
@@ -44,15 +45,16 @@ def test_all_three_spectra(net: Callable[[], nn.Module], precision: Any, tmp_pat
 @pytest.mark.parametrize("seed", [2])
 def test_every_callback(name: str, seed: int, tmp_path: Path) -> None:
     callback = CALLBACKS[name](schedule=lambda step: step == 3, max_seconds=1e9)
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board")]
     without = _run(norm_and_dropout, [], tmp_path / "without", seed)
-    within = _run(norm_and_dropout, [callback], tmp_path / "with", seed)
+    within = _run(norm_and_dropout, [callback], tmp_path / "with", seed, logger=loggers)
     assert differences(without, within) == []
     assert callback.latest
 
 
 @pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"max_steps": 4}])
 def test_trainer_settings(settings: dict[str, Any], tmp_path: Path) -> None:
-    monitor = CALLBACKS["SpectralMonitor"](schedule=lambda step: step == 2, max_seconds=1e9)
+    monitor = CALLBACKS["CurvatureSpectrum"](what=["fisher"], schedule=lambda step: step == 2, max_seconds=1e9)
     without = _run(norm_and_dropout, [], tmp_path / "without", 4, **settings)
     within = _run(norm_and_dropout, [monitor], tmp_path / "with", 4, **settings)
     assert differences(without, within) == []

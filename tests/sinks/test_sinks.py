@@ -32,6 +32,29 @@ def test_json_lines_are_strict_and_whole(tmp_path: Path) -> None:
         np.testing.assert_array_equal(back["spectrum"]["nodes"], report.spectrum.nodes)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of processes")
+def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path: Path) -> None:
+    import resource
+
+    first, second = all_reports()[:2]
+    sink = JsonLinesSink(tmp_path / "spectra.jsonl")
+    sink.write(first, 0)
+    whole = sink.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 40, limits[1]))  # room for the beginning of a line
+    try:
+        with pytest.raises(OSError, match=r"No space left|too large"):
+            sink.write(second, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sink.path.read_bytes() == whole
+    with sink.path.open("ab") as file:
+        file.write(b'{"step": 2, "na' + b"x" * 100_000)  # the process was killed here
+    sink.write(second, 3)
+    assert sink.path.read_bytes().startswith(whole)
+    assert [json.loads(line)["step"] for line in sink.path.read_text().splitlines()] == [0, 3]
+
+
 def _events(folder: Path) -> dict[str, dict[str, list]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -40,7 +40,7 @@ class JsonLinesSink:
         line = json.dumps({"step": step} | report.as_dict(), allow_nan=False).encode() + b"\n"
         self.path.touch()
         with self.path.open("r+b", buffering=0) as file:
-            end = _end_of_lines(file)
+            end = file.truncate(_end_of_lines(file))
             try:
                 file.seek(end)
                 if file.write(line) < len(line):
