@@ -50,11 +50,11 @@ function commonUnit(drawings) {
 
 /** Up to nine [coordinate, text] between two coordinates. */
 export function ticks(axis, low, high) {
-  if (axis.scale === 'linear') return roundSteps(low, high).map((v) => [v, number(v)]);
+  if (axis.scale === 'linear') return inPrint(roundSteps(low, high));
   if (axis.scale === 'log') {
     const found = powerTicks(low, high);
     if (found.length >= 2) return found;
-    return roundSteps(10 ** low, 10 ** high).filter((v) => v > 0).map((v) => [Math.log10(v), number(v)]);
+    return inPrint(roundSteps(10 ** low, 10 ** high).filter((v) => v > 0)).map(([v, text]) => [Math.log10(v), text]);
   }
   const top = Math.max(Math.abs(low), Math.abs(high));
   const base = Math.round(Math.log10(axis.unit));
@@ -65,6 +65,13 @@ export function ticks(axis, low, high) {
     out.push([u, power(e)], [-u, '−' + power(e)]);
   }
   return out.filter(([u]) => low <= u && u <= high).sort((a, b) => a[0] - b[0]);
+}
+
+/** Equally spaced values with as many digits as tell neighbours apart. */
+function inPrint(values) {
+  const largest = Math.max(...values.map(Math.abs));
+  const digits = Math.ceil(Math.log10(largest / (values[1] - values[0]))) + 2;
+  return values.map((v) => [v, number(v, Number.isFinite(digits) ? Math.min(Math.max(3, digits), 12) : 3)]);
 }
 
 /** Powers of ten between two logarithms, at most about eight. */
@@ -95,7 +102,7 @@ export function number(v, digits = 3) {
   if (v === null || v === undefined || !Number.isFinite(v)) return '—';
   if (v === 0) return '0';
   const size = Math.abs(v);
-  if (size >= 1e-3 && size < 1e6) {
+  if (size >= 1e-3 && size < 1e5) {
     const text = String(Number(v.toPrecision(Math.max(digits, size >= 1 ? Math.floor(Math.log10(size)) + 1 : digits))));
     return text.replace('-', '−');
   }

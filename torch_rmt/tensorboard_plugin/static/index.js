@@ -96,6 +96,7 @@ async function load() {
 }
 
 const runNames = () => Object.keys(state.index.runs).sort((a, b) => a.localeCompare(b, 'en', {numeric: true}));
+const runText = (run) => run === '.' ? 'the log directory' : run;
 const entry = (run, tag) => (state.index.runs[run] || []).find((known) => known.tag === tag);
 
 function tagNames() {
@@ -139,7 +140,7 @@ function paintSide() {
           if (event.target.checked) state.chosen.add(run);
           else state.chosen.delete(run);
           load();
-        }}), make('span', {}, run)));
+        }}), make('span', {}, runText(run))));
   const all = make('button', {type: 'button', class: 'link', onclick: () => {
     const choosable = runNames().filter((run) => entry(run, state.tag));
     const every = choosable.every((run) => state.chosen.has(run));
@@ -345,7 +346,7 @@ function panel(run, colour, point, now, picture) {
   const {dim, method, matvecs} = point.measured;
   words.push(`${dim.toLocaleString('en')} eigenvalues, ${method.split(' (')[0]}, ${matvecs.toLocaleString('en')} products`);
   return make('article', {class: 'card'},
-      make('header', {}, make('i', {class: 'run-key', style: `background:${colour}`}), make('b', {}, run === '.' ? 'this run' : run),
+      make('header', {}, make('i', {class: 'run-key', style: `background:${colour}`}), make('b', {}, runText(run)),
           make('span', {class: 'at'}, `step ${point.step.toLocaleString('en')}${others}`),
           make('span', {class: `badge ${badge}`}, said + beyond)),
       picture,

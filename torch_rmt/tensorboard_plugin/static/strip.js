@@ -18,16 +18,12 @@ const SCALARS = {largest: 'largest', smallest: 'smallest', mean: 'mean'};
 
 /** [{key, text}] of the numbers that some points hold. */
 export function metricsOf(points) {
-  const out = [];
-  for (const [kind, text] of Object.entries(KINDS)) {
-    if (points.some((p) => p.distances[kind])) out.push({key: kind, text: `${text} / noise floor`});
-  }
   const what = points.some((p) => p.label === 'eigenvalue') ? 'eigenvalue' : 'squared singular value';
-  for (const [key, text] of Object.entries(SCALARS)) {
-    if (points.some((p) => p.scalars[key] !== undefined)) out.push({key, text: `${text} ${what}`});
-  }
-  if (points.some((p) => p.law)) out.push({key: 'outliers', text: 'number of outliers'});
-  return out;
+  return [
+    ...Object.entries(KINDS).map(([key, text]) => ({key, text: `${text} / noise floor`})),
+    ...Object.entries(SCALARS).map(([key, text]) => ({key, text: `${text} ${what}`})),
+    {key: 'outliers', text: 'number of outliers'},
+  ].filter(({key}) => points.some((p) => metricOf(p, key) !== null));
 }
 
 /** The number of a point, null where it has none. */
