@@ -225,7 +225,7 @@ function history(all, now) {
       make('header', {}, chooser, log, make('span', {class: 'key'},
           make('i', {class: 'dot-key agrees'}), 'law holds', make('i', {class: 'dot-key departs'}), 'departs',
           make('i', {class: 'dot-key undecided'}), 'not decided')),
-      stripPicture(runs, metric, now, logSteps, Math.max(360, page.main.clientWidth - 54), go));
+      stripPicture(runs, metric, now, logSteps, Math.max(page.main.clientWidth - 52, 300), go));
 }
 
 /** The slider and its buttons, made once: an element that is replaced while it is dragged stops moving. */
@@ -317,14 +317,23 @@ function pictures(now) {
   // Decided for all steps at once, so that heights do not change their meaning while steps go by.
   const logarithmic = state.height === 'auto' ? everything.logarithmic : state.height === 'log';
   const vertical = verticalRange(state.hold === 'both' ? [...of.values()] : current.map((point) => of.get(point)), logarithmic);
+  const width = pictureWidth(runs.length);
   const scale = {linear: '', log: ', logarithmic', symlog: ', symmetric logarithm'}[axis.scale];
   return make('div', {class: runs.length > 1 ? 'panels' : 'panels single'}, ...runs.map(({run, colour, points}, i) => {
     const point = current[i];
-    const frame = {axis, range, vertical, label: point.label + scale};
+    const frame = {axis, range, vertical, label: point.label + scale, width};
     const ghost = state.ghost && point !== points[0] ? of.get(points[0]) : null;
     return panel(run, colour, point, now, spectrumPicture(of.get(point), ghost, frame,
         `${run}, ${point.name}, step ${point.step}: ${point.verdict}`));
   }));
+}
+
+/** Pixels across a picture, so that its letters are as large as all others; the numbers are those of style.css. */
+function pictureWidth(count) {
+  const inside = page.main.clientWidth - 22;
+  const columns = Math.max(1, Math.floor((inside + 14) / (440 + 14)));
+  const card = count === 1 ? Math.min(inside, 780) : (inside - 14 * (columns - 1)) / columns;
+  return Math.max(card - 30, 300);
 }
 
 function panel(run, colour, point, now, picture) {

@@ -4,8 +4,6 @@ import {number, powerTicks, roundSteps, ticks, value} from './axis.js';
 import {draw} from './dom.js';
 import {curveAt} from './layout.js';
 
-const WIDTH = 620;
-const HEIGHT = 300;
 const LEFT = 58;
 const RIGHT = 14;
 const TOP = 16;
@@ -13,22 +11,24 @@ const BOTTOM = 48;
 
 /**
  * @param layout of the record, `first` of the run's first step or null
- * @param frame {axis, range: [low, high], vertical: {floor, ceiling, logarithmic}, label}
+ * @param frame {axis, range: [low, high], vertical: {floor, ceiling, logarithmic}, label, width in pixels}
  */
 export function spectrumPicture(layout, first, frame, title) {
   const [low, high] = frame.range;
   const {floor, ceiling, logarithmic} = frame.vertical;
-  const right = WIDTH - RIGHT;
-  const bottom = HEIGHT - BOTTOM;
+  const {width} = frame;
+  const height = Math.min(Math.max(0.5 * width, 240), 340);
+  const right = width - RIGHT;
+  const bottom = height - BOTTOM;
   const across = (u) => LEFT + (u - low) / (high - low) * (right - LEFT);
-  const up = (height) => {
-    const share = logarithmic ? Math.log(Math.max(height, floor) / floor) / Math.log(ceiling / floor) : height / ceiling;
+  const up = (y) => {
+    const share = logarithmic ? Math.log(Math.max(y, floor) / floor) / Math.log(ceiling / floor) : y / ceiling;
     return bottom - Math.min(Math.max(share, 0), 1) * (bottom - TOP);
   };
-  const svg = draw('svg', {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: 'img', 'aria-label': title, class: 'spectrum'});
+  const svg = draw('svg', {viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': title, class: 'spectrum'});
 
-  for (const [height, text] of verticalTicks(frame.vertical)) {
-    const y = up(height);
+  for (const [level, text] of verticalTicks(frame.vertical)) {
+    const y = up(level);
     svg.append(
         draw('line', {class: 'grid', x1: LEFT, x2: right, y1: y, y2: y}),
         draw('text', {x: LEFT - 7, y: y + 4, 'text-anchor': 'end'}, text));
@@ -71,7 +71,7 @@ export function spectrumPicture(layout, first, frame, title) {
         draw('text', {x, y: bottom + 17, 'text-anchor': 'middle'}, text));
   }
   svg.append(
-      draw('text', {class: 'title', x: (LEFT + right) / 2, y: HEIGHT - 8, 'text-anchor': 'middle'}, frame.label),
+      draw('text', {class: 'title', x: (LEFT + right) / 2, y: height - 8, 'text-anchor': 'middle'}, frame.label),
       draw('text', {class: 'title', transform: `translate(13 ${(TOP + bottom) / 2}) rotate(-90)`, 'text-anchor': 'middle'},
           heightLabel(frame.axis)));
   addReadout(svg, layout, frame, {across, bottom, right});
@@ -112,7 +112,7 @@ function addReadout(svg, layout, frame, {across, bottom, right}) {
   svg.append(line, text);
   svg.addEventListener('pointermove', (event) => {
     const box = svg.getBoundingClientRect();
-    const at = (event.clientX - box.left) / box.width * WIDTH;
+    const at = (event.clientX - box.left) / box.width * frame.width;
     const u = low + (at - LEFT) / (right - LEFT) * (high - low);
     if (u < low || u > high) return;
     line.setAttribute('x1', at);
