@@ -120,6 +120,7 @@ class SpectralCallback(LightningCallback):
         self.first: dict[str, Report] = {}
         self.latest: dict[str, Report] = {}
         self._costs: dict[str, float] = {}
+        self._gradient: float | None = None  # seconds that one takes, timed at the first point
         self._last_step = -1
         self._last_batch: Any = None
         self._warned: set[str] = set()
@@ -224,6 +225,9 @@ class SpectralCallback(LightningCallback):
     def _measure(self, trainer: Any, module: nn.Module, batch: Any, step: int, *, last: bool = False) -> None:
         self._last_step = step
         model, loss = self._model(module), self._loss(module)
+        wanted = self.measurements(loss is not None)
+        if self._gradient is not None and not any([self._affords(trainer, *w, last=last) for w in wanted.items()]):
+            return  # before anything is copied or run
         point: Point | None = None
         reason = ""
         with ExitStack() as guard:
@@ -242,14 +246,17 @@ class SpectralCallback(LightningCallback):
                 return
             _silence(module)
             _freeze_untrained(trainer, module)
-            if self.loss is None and not self.latest and not last:
-                self._guessed_loss = _loss_at(point)
-            module.eval()
-            for name, measurement in self.measurements(loss is not None).items():
+            with self.budget.charged():
+                if self.loss is None and not self.latest and not last:
+                    self._guessed_loss = _loss_at(point)
+                module.eval()
+                if self._gradient is None:
+                    self._gradient = gradient_seconds(point)
+            for name, measurement in wanted.items():
+                if not self._affords(trainer, name, measurement, last=last):
+                    continue
                 before = self.budget.spent
                 with self.budget.charged():
-                    if not self._affords(trainer, name, measurement, point, last=last):
-                        continue
                     reports = self._take(trainer, name, measurement, point, step)
                     self.latest |= {report.name: report for report in reports}
                     self.first = self.latest | self.first
@@ -257,11 +264,9 @@ class SpectralCallback(LightningCallback):
                         self._log(trainer, reports, step)
                 self._costs[name] = self.budget.spent - before
 
-    def _affords(self, trainer: Any, name: str, measurement: Measurement, point: Point, *, last: bool) -> bool:
-        cost = self._costs.get(name)
-        first = cost is None
-        if cost is None:
-            cost = measurement.gradients * gradient_seconds(point)
+    def _affords(self, trainer: Any, name: str, measurement: Measurement, *, last: bool) -> bool:
+        first = name not in self._costs
+        cost = measurement.gradients * (self._gradient or 0.0) if first else self._costs[name]
         # The first of its kind may take all that is left, and tells what the next will take.
         reserve = None if first or last else math.fsum(self._costs.values())
         allowed = self.budget.affords(cost, reserve=reserve)

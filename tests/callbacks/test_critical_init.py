@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def test_a_resumed_run_keeps_its_weights(tmp_path: Path) -> None:
     for name in ("with.ckpt", "without.ckpt"):
         saved = torch.load(tmp_path / name, weights_only=True)["state_dict"]
         if name == "with.ckpt":
-            start = resume(name, [CriticalInit()])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="CriticalInit")
+                start = resume(name, [CriticalInit()])
         else:
             with pytest.warns(RuntimeWarning, match="resumed from step 3"):
                 start = resume(name, [CriticalInit()])

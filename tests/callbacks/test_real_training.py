@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.callbacks.runs import Classifier, blobs, differences, everything, fit, mlp
 from torch_rmt.callbacks import CriticalInit, CurvatureSpectrum, JacobianSpectrum, SpectralMonitor
+from torch_rmt.callbacks.base import Point, _freeze_untrained
+from torch_rmt.callbacks.budget import gradient_seconds
 from torch_rmt.compare import Report
 
 
@@ -162,6 +164,16 @@ def test_averages_that_no_optimiser_holds_are_no_parameters() -> None:
     assert callback.latest["fisher"].spectrum.dim == sum(p.numel() for p in mlp().parameters())
 
 
+class Counting(nn.CrossEntropyLoss):
+    """A loss of the callback's own, which no module holds."""
+
+    calls = 0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(output, target)
+
+
 class Labelled(Dataset):
     """Samples as keywords, the targets among them."""
 
@@ -184,8 +196,10 @@ def test_mappings_with_labels_are_read() -> None:
     without = run(lambda: Keywords(mlp()), [], data=loader())
     by_rule, (_, by_hand) = watchers(), watchers()
     assert differences(without, run(lambda: Keywords(mlp()), by_rule, data=loader())) == []
+    by_hand.loss = Counting()
     by_hand.batch = lambda batch: (batch.pop("x"), batch.pop("labels"))  # takes apart what the training step needs
     assert differences(without, run(lambda: Keywords(mlp()), [by_hand], data=loader())) == []
+    assert by_hand.loss.calls == 0
     assert by_rule[0].latest["jacobian"].spectrum.dim == 8
     one, other = (callback.latest["fisher"].spectrum.nodes for callback in (by_rule[1], by_hand))
     np.testing.assert_array_equal(one, other)
@@ -248,7 +262,33 @@ def test_critical_init_reads_no_data_of_its_own() -> None:
                 yield x[read[-1]], y[read[-1]]
 
     module = Users(mlp())
-    callback = CriticalInit()
-    fit(module, [callback], data=DataLoader(Stream(), batch_size=16), epochs=1)
+    callback = CriticalInit(batch=lambda batch: (asked.append(1), (batch.pop(0), batch.pop(0)))[1])
+    asked: list[int] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="CriticalInit")
+        fit(module, [callback], data=DataLoader(Stream(), batch_size=16), epochs=1, accumulate_grad_batches=2)
     assert callback.report is not None
+    assert asked == [1]  # also where the first batches make no step
     assert torch.equal(torch.cat(module.batches), blobs().tensors[0])
+
+
+def test_a_point_can_be_run_again_and_what_fails_costs_nothing() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return x.add_(1.0) * scale
+
+    x = torch.ones(2)
+    point = Point(Adds(), {"x": x, "scale": torch.ones(2)}, None, None)
+    assert torch.equal(point.output(), point.output())
+    assert torch.equal(x, torch.ones(2))
+    assert gradient_seconds(Point(nn.Linear(3, 2), x, None, None)) == 0.0  # shapes that do not fit
+    assert gradient_seconds(Point(nn.Linear(2, 2), x, None, None)) > 0.0
+
+
+def test_nothing_is_frozen_where_the_optimiser_holds_other_tensors() -> None:
+    class Trainer:
+        optimizers = (torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1),)
+
+    module = mlp()
+    _freeze_untrained(Trainer(), module)
+    assert all(p.requires_grad for p in module.parameters())

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from tests.callbacks.runs import Classifier, blobs, fit, mlp, norm_and_dropout
 from tests.cases import CALLBACKS
 from torch_rmt.callbacks import CurvatureSpectrum, JacobianSpectrum, SpectralMonitor
-from torch_rmt.callbacks.base import Point
 from torch_rmt.compare import Report
 from torch_rmt.operators import Jacobian
 from torch_rmt.spectra import exact
@@ -370,34 +369,37 @@ def test_a_schedule_that_is_no_function_is_refused() -> None:
 # --- cost and state -------------------------------------------------------------------------------------
 
 
-def test_a_spent_budget_stops_measuring_and_says_so_once() -> None:
+def test_a_spent_budget_stops_measuring_and_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
     keep = Keep()
     monitor = SpectralMonitor(schedule=always, max_seconds=0.0, max_fraction=0.0, sinks=[keep])
+    module = Classifier(mlp())
+    module.net[0].register_forward_hook(lambda layer, *_: print("training" if layer.training else "measuring"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(Classifier(mlp()), [monitor])
+        fit(module, [monitor])
     assert keep.reports == []
     said = messages(caught)
     assert len(said) == 3
     assert all("raise max_seconds" in message for message in said)
+    # The gradient is timed once, not at every step that cannot afford a measurement.
+    assert capsys.readouterr().out.split().count("measuring") == 3
 
 
-def test_what_may_be_spent_at_the_beginning_in_between_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_be_spent_at_the_beginning_in_between_and_at_the_end() -> None:
     """The first may take all that is left; then a quarter of what the end leaves over; the end may take all."""
 
     class OneProcess:
         world_size, is_global_zero = 1, True
 
-    monkeypatch.setattr("torch_rmt.callbacks.base.gradient_seconds", lambda point: 0.1)
     monitor = JacobianSpectrum(max_seconds=10.0, max_fraction=0.0)
+    monitor._gradient = 0.1
     (measurement,) = monitor.measurements(True).values()
-    point = Point(mlp(), None, None, None)
 
     def affords(cost: float | None, others: float = 0.0, *, last: bool = False) -> bool:
         monitor._costs = {} if cost is None else {"jacobian": cost}
         if others:
             monitor._costs["others"] = others
-        return monitor._affords(OneProcess(), "jacobian", measurement, point, last=last)
+        return monitor._affords(OneProcess(), "jacobian", measurement, last=last)
 
     forecast = 0.1 * measurement.gradients
     with warnings.catch_warnings():
