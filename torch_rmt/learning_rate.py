@@ -115,6 +115,9 @@ def suggest_lr(
         f"{high:.3g}); start near {low / 2:.3g}. With momentum m the bound is (1 + m) times as large. For "
         "Adam it does not hold: its steps are rescaled."
     )
+    if gauss_newton is not None and gauss_newton.value > 1.1 * max(hessian.value, 0.0):
+        alone = f"allows up to {2 / hessian.value:.3g} here" if hessian.value > 0 else "sets no bound here"
+        advice += f" The Gauss-Newton matrix sets this bound; the Hessian alone {alone}, where its negative part helps."
     if gauss_newton is not None and gauss_newton.value > 0 and hessian.value > 2 * gauss_newton.value:
         advice += (
             f" The Hessian's top eigenvalue is {hessian.value / gauss_newton.value:.2g} times that of the "

@@ -94,7 +94,9 @@ def _cdf(law: SpectralMeasure, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, 
     values = np.asarray(law.cdf(x), dtype=np.float64)
     values = np.where(x < low, 0.0, np.where(x >= high, 1.0, values))
     if not np.isfinite(values).all() or (np.diff(values) < -1e-4).any():
-        raise ArithmeticError(f"the distribution function of {law!r} is not finite or falls: its solver failed")
+        raise ArithmeticError(
+            f"the distribution function of {type(law).__name__} is not finite or falls: its solver failed"
+        )
     return values
 
 

@@ -11,11 +11,17 @@ from torch_rmt.compare.distances import Tabulated
 from torch_rmt.compare.report import Distance, Outlier
 
 _BAND = 10.0  # gradients that change by less than this over the whole chain do no harm
+_SAME_SIZE = 0.05  # of |log of that change|, in words none
 _NEAR_ONE = 0.1  # |log chi| up to which a layer is called critical
 AGREES_UP_TO = 2.5  # in units of the noise floor
 WHY_ANOTHER_SHAPE = (
     "At initialisation: weights are not independent, or a layer is not what it was read as; later: what training has "
     "built. "
+)
+# diagnose and the callbacks choose the steps themselves and have no argument for them: the parts below have.
+MORE_STEPS = (
+    "More probes and Lanczos steps resolve more: measure spectra.SLQ(probes=..., depth=...)(operator, generator) and "
+    "hand that to compare or freeness_gap."
 )
 WHY_ANOTHER_SCALE = "At initialisation: q or sigma_w of some layer is not the one assumed. "
 
@@ -59,13 +65,10 @@ def agreement_in_words(
     if agrees is None and blind is not None:
         return (
             f"Too coarse to tell: {zeros[0]:.1%} of the eigenvalues lie below {blind:.2g}, which this measurement does "
-            f"not tell from zero ({numbers}). More Lanczos steps resolve more: SLQ(depth=...)." + tail
+            f"not tell from zero ({numbers}). {MORE_STEPS}" + tail
         )
     if agrees is None and estimated:
-        return (
-            f"Too coarse to tell ({numbers}): more probes and Lanczos steps resolve more, SLQ(probes=..., depth=...)."
-            + tail
-        )
+        return f"Too coarse to tell ({numbers}). {MORE_STEPS}" + tail
     if agrees is None:
         return (
             f"Too small to tell ({numbers}): drawn networks of this size differ by as much, wider ones by less." + tail
@@ -105,6 +108,7 @@ def gradients_in_words(facts: Mapping[str, float]) -> str:
         return ""
     total = float(np.exp(np.clip(0.5 * depth * math.log(chi), -690, 690)))
     change = f"grow {_times(total)}" if total > 1 else f"shrink {_times(1 / total)}"
+    change = "keep their size" if abs(math.log(total)) < _SAME_SIZE else change
     blocks = facts.get("blocks", 0.0)
     kind = "block" if blocks == depth else "layer or block" if blocks else "layer"
     several = "blocks" if blocks == depth else "layers and blocks" if blocks else "layers"
@@ -119,7 +123,11 @@ def gradients_in_words(facts: Mapping[str, float]) -> str:
         )
     if total > 1:
         return f" Chaotic: {said} Lower sigma_w by {1 - chi**-0.5:.1%}, or call critical_init_(model, batch)."
-    return f" Ordered: {said} Raise sigma_w by {chi**-0.5 - 1:.1%}, or call critical_init_(model, batch)."
+    return f" Ordered: {said} Raise sigma_w {_by(chi**-0.5)}, or call critical_init_(model, batch)."
+
+
+def _by(factor: float) -> str:
+    return f"by {factor - 1:.1%}" if factor < _BAND else f"to {factor:.3g} times what it is"
 
 
 def _times(factor: float) -> str:

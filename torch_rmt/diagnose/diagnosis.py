@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from torch_rmt.compare import Report
 from torch_rmt.describe import unwrapped
@@ -83,6 +85,13 @@ class Diagnosis:
         """One line on the gradients."""
         if not self.signals:
             return "no weights were read: gradients are not followed through the layers"
+        if len(self.signals) == 1:
+            return f"one weight was read ({self.signals[0].name!r}): there are no layers to follow gradients through"
+        if self.gradient_ratio == 0:
+            return (
+                f"no gradient reaches the first of {len(self.signals)} weights ({self.signals[0].name!r}): units are "
+                "dead or saturated, or it does not act on the output"
+            )
         return (
             f"chi {self.chi:.4g} a layer over {len(self.signals)} weights, gradient norm first/last "
             f"{self.gradient_ratio:.3g}"
@@ -139,20 +148,65 @@ def diagnose(
         raise TypeError(f"the batch is a pair (inputs, targets), got {type(batch).__name__}")
     model, inputs = unwrapped(model), batch[0]
     try:
-        found = signals(model, inputs)
+        return Diagnosis(_reports(model, batch, loss, tuple(what), seed), _signals(model, inputs))
+    except Exception as error:
+        why = _unmeasurable(model)
+        if why is None:
+            raise
+        raise why from error
+
+
+def _signals(model: nn.Module, inputs: Any) -> tuple[LayerSignal, ...]:
+    try:
+        return signals(model, inputs)
     except ValueError as error:
         if "no weights" not in str(error):
             raise
-        found = ()
+        return ()
+
+
+def _reports(
+    model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor], what: tuple[str, ...], seed: int
+) -> tuple[Report, ...]:
     reports = []
     for name in what:
-        if name == "jacobian":
-            reports.append(jacobian_report(model, inputs, seed=seed))
-        elif name == "freeness":
-            reports.append(freeness_report(model, inputs, seed=seed))
-        elif name == "hessian":
-            reports.append(hessian_report(model, batch, loss, seed=seed))
-        else:
-            kind: Literal["gauss_newton", "fisher"] = "gauss_newton" if name == "gauss_newton" else "fisher"
-            reports.append(curvature_report(model, batch, loss, kind, seed=seed))
-    return Diagnosis(tuple(reports), found)
+        try:
+            reports.append(_report(name, model, batch, loss, seed))
+        except TypeError as error:
+            if isinstance(batch[0], tuple | list) and "positional argument" in str(error):
+                raise TypeError(
+                    f"{error}: inputs that are a tuple or list are the model's arguments one by one; if it takes the "
+                    "tuple itself, the batch is ((inputs,), targets)"
+                ) from error
+            others = tuple(other for other in what if other != name)
+            if not others:
+                raise
+            raise TypeError(f"{name}: {error}. For the other matrices alone: what={others}") from error
+    return tuple(reports)
+
+
+def _report(name: str, model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor], seed: int) -> Report:
+    if name == "jacobian":
+        return jacobian_report(model, batch[0], seed=seed)
+    if name == "freeness":
+        return freeness_report(model, batch[0], seed=seed)
+    if name == "hessian":
+        return hessian_report(model, batch, loss, seed=seed)
+    kind: Literal["gauss_newton", "fisher"] = "gauss_newton" if name == "gauss_newton" else "fisher"
+    return curvature_report(model, batch, loss, kind, seed=seed)
+
+
+def _unmeasurable(model: nn.Module) -> Exception | None:
+    """What is wrong with the weights, where a measurement failed and they are why."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            return TypeError(
+                f"parameter {name!r} is complex, and spectra are of real maps: keep it as a real tensor and use "
+                "torch.view_as_complex in forward"
+            )
+        if not isinstance(parameter, UninitializedParameter) and not bool(torch.isfinite(parameter.detach()).all()):
+            return ValueError(
+                f"parameter {name!r} has values that are not finite: training has diverged, or it was loaded so; "
+                "measure before that step, or lower the learning rate"
+            )
+    return None

@@ -38,7 +38,10 @@ def freeness_report(
     one = one_sample(model, inputs, source, target)
     whole = measure(Jacobian(one.model, one.sample, one.source, one.target), seed)
     try:
-        parts = [_spectrum(part, seed) for part in parts_of(one.graph, one.model, one.source, one.target)]
+        found = parts_of(one.graph, one.model, one.source, one.target)
+        if len(found) < 2:
+            raise ValueError("this Jacobian is a single factor, and freeness is between two or more; name other ends")
+        parts = [_spectrum(part, seed) for part in found]
         size = independent_size_of(one.graph, one.model, one.source, one.target)
         report = freeness_gap(parts, whole, kind="product", name=name, size=size)
         assert report.prediction is not None

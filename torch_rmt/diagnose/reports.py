@@ -136,7 +136,9 @@ def curvature_report(
     try:
         scale = wide_scale(model, batch[0], operator)
     except (ValueError, ArithmeticError, RuntimeError) as error:
-        return compare(spectrum, None, name=name, facts=facts, reason=f"{reason} ({str(error).rstrip('.')})")
+        why = str(error).rstrip(".")
+        reason = why if "no curvature" in why else f"{reason} ({why})"
+        return compare(spectrum, None, name=name, facts=facts, reason=reason)
     return beside_a_wide_network(compare(spectrum, None, name=name, facts=facts, reason=reason), scale, note=note)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse.linalg
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_rmt.compare import Report
 from torch_rmt.compare.verdict import WHY_ANOTHER_SHAPE
@@ -54,7 +55,9 @@ def wide_scale(model: nn.Module, inputs: Any, operator: GaussNewton) -> WideScal
         raise ValueError("the inputs are no tensor of real numbers")
     if len(operator.given) > 1 or len(inputs) > _MOST_SAMPLES:
         raise ValueError(f"the batch is not one of at most {_MOST_SAMPLES} samples")
-    architecture = describe_between(model, inputs[:1], None, None)
+    # Of one sample a batch norm in training mode has no statistics: that is no reason to give.
+    normalised = any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
+    architecture = describe_between(model, inputs if normalised else inputs[:1], None, None)
     x = inputs.detach().reshape(len(inputs), -1).double().cpu().numpy()
     if architecture.layers[0].n_in != x.shape[1]:
         raise ValueError("the first layer does not act on all of the input at once")
@@ -66,6 +69,8 @@ def wide_scale(model: nn.Module, inputs: Any, operator: GaussNewton) -> WideScal
     factors = output_factors(operator)
     z = factors.reshape(*factors.shape[:2], -1).double().cpu().numpy()  # columns, samples, outputs
     shape = z.shape[:2]
+    if not z.any():
+        raise ValueError("the loss has no curvature by the outputs on this batch: it is sure of every sample")
 
     def product(v: np.ndarray) -> np.ndarray:
         pushed = kernel.tangent @ np.einsum("cno,cn->no", z, v.reshape(shape))
@@ -122,6 +127,9 @@ def beside_a_wide_network(report: Report, scale: WideScale, *, note: str = "") -
 def _biases(model: nn.Module, architecture: Architecture, parameters: int) -> list[bool]:
     """Which layers have biases; with the weights they must be all that is differentiated."""
     layers, modules = plain_layers(architecture), dict(model.named_modules())
+    normalised = [layer.name for layer in layers if layer.normalisation is not None]
+    if normalised:
+        raise ValueError(f"layer {normalised[0]!r} has a normalisation: its tangent kernel is not known here")
     has = [isinstance(getattr(modules.get(layer.name), "bias", None), Tensor) for layer in layers]
     counted = sum(layer.n_out * (layer.n_in + bias) for layer, bias in zip(layers, has, strict=True))
     if counted != parameters:
