@@ -12,8 +12,9 @@ from jaxtyping import Complex, Float
 from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.chain_kind import Kind
 from torch_rmt.theory.chain_parts import Bounds, Flags, Inner, Part, Points, Share, State, joined, log_one_plus
-from torch_rmt.theory.series import Other, Series, multiply, power, revert
+from torch_rmt.theory.series import Other, multiply, revert
 from torch_rmt.theory.series import s_series as series_of
+from torch_rmt.theory.shortcut import Shortcut as Shortcut
 from torch_rmt.theory.slope_law import x_log_x
 
 Reals = Float[np.ndarray, " points"]
@@ -24,66 +25,23 @@ _SETTLED = 1e-6  # what Newton's method may leave of an argument
 _ROUND = 1e-9  # of an argument: on which side of the negative axis a number counts
 
 
-@dataclass(frozen=True)
-class Shortcut:
-    """A shortcut B: |B|^2 = scale for the identity and Haar matrices, of mean `scale` for a square Gaussian one.
-
-    Alone it has M_B = b at G^2 = k(b), k(b) = b (1 + b) / scale, or b / scale if Gaussian.
-    """
-
-    scale: float
-    gaussian: bool = False
-
-    @np.errstate(all="ignore")
-    def evaluate(self, log_b: Points) -> tuple[Points, Points]:
-        """log k(b) and its slope in log b."""
-        if self.gaussian:
-            return log_b - np.log(self.scale), np.ones_like(log_b)
-        b = np.exp(log_b)
-        return log_b + log_one_plus(b) - np.log(self.scale), 1.0 + b / (1.0 + b)
-
-    def roots(self, square: Reals) -> tuple[Reals, ...]:
-        """The real b with k(b) = square; NaN where there is none."""
-        if self.gaussian:
-            return (self.scale * square,)
-        with np.errstate(all="ignore"):
-            root = np.sqrt(1.0 + 4.0 * self.scale * square)
-            # Without cancellation at small squares.
-            upper = 2.0 * self.scale * square / (1.0 + root)
-            return upper, -1.0 - upper
-
-    def primitive(self, b: Points, log_b: Points) -> Points:
-        """Integral of log k over b, from 0."""
-        if self.gaussian:
-            return np.asarray(b * log_b - b - b * np.log(self.scale))
-        return np.asarray(b * log_b + x_log_x(1.0 + b) - 2.0 * b - b * np.log(self.scale))
-
-    def series(self, square: Series) -> Series:
-        """b as a power series, from that of k(b)."""
-        if self.gaussian:
-            return np.asarray(self.scale * square)
-        inside = 4.0 * self.scale * square
-        inside[0] += 1.0
-        root = power(inside, 0.5)
-        root[0] -= 1.0
-        return np.asarray(root / 2.0)
-
-
 @dataclass(frozen=True, eq=False)
 class Block(Part):
-    """`count` factors with the law of |B + A|^2, scaled to mean one, for an R-diagonal A free of B.
+    """`count` factors with the law of |B + A|^2, scaled to mean one, for an A free of B, of one shape with it.
 
-    The symmetrised singular laws add freely. With G their common Stieltjes transform, a and b the M of |A|^2 and |B|^2
-    at their own points, and S_A the branch's S-transform,
-        M = a + b,   G^2 = a (1 + a) S_A(a) = k(b),   1 / S(M) = M (1 + M) / G^2,
-    so that log M + log(1 + M) - log G^2 is added to log z. The unknowns are log a, log b and the branch's own.
+    The rectangular R-transforms add. With a and b the M of |A|^2 and |B|^2 at their own points, r the input's dimension
+    over that of the output, and S_A the branch's S-transform, all in the input's dimension,
+        M = a + b,   h = a (1 + r a) S_A(a) = k(b),   1 / S(M) = M (1 + r M) / h,
+    so that log M + log(1 + r M) - log h is added to log z. The unknowns are log a, log b and the branch's own. In the
+    square case h = G^2, G that of the symmetrised singular laws, which add freely; other shapes: `ProjectionBlock`.
 
     Fields:
         branch: the equations of |A|^2, in units of its mean.
         log_scale: log of that mean.
         moments: of |A|^2 in its unit.
 
-    Source: Haagerup and Larsen 2000, proposition 3.5 for R-diagonal sums; Nica and Speicher 1996 for u A, u Haar.
+    Source: Benaych-Georges 2009; Haagerup and Larsen 2000, proposition 3.5 for R-diagonal sums; Nica and Speicher 1996
+    for u A, u Haar.
     """
 
     branch: Chain
@@ -101,6 +59,16 @@ class Block(Part):
     def over(self, scale: float, count: float) -> Block:
         """The same block, taken `count` times in a space of dimension n_0 / scale."""
         return replace(self, scale=scale, count=count)
+
+    @property
+    def ratio(self) -> float:
+        """r."""
+        return self.shortcut.ratio
+
+    @property
+    def rank(self) -> float:
+        """Share of the input's dimensions that is not lost."""
+        return 1.0
 
     @property
     def size(self) -> int:
@@ -132,7 +100,7 @@ class Block(Part):
     def _branch(self, log_a: Points, v: Inner) -> State:
         """The branch at log a, t with its scale; beyond the negative axis by reflection."""
         turned = log_a.imag < -np.pi - _ROUND
-        state = self.branch.evaluate(_reflected(log_a, turned), _reflected(v, turned))
+        state = self.branch.evaluate(reflected(log_a, turned), reflected(v, turned))
         fields = {name: np.where(turned, np.conj(getattr(state, name)), getattr(state, name))
                   for name in ("rate", "follow", "correction", "lag")}  # fmt: skip
         t = np.where(turned, np.conj(state.t) + 2j * np.pi, state.t) + self.log_scale
@@ -143,8 +111,10 @@ class Block(Part):
         log_u, log_a, log_b = y + np.log(self.scale), v[0], v[1]
         u, a, b = np.exp(log_u), np.exp(log_a), np.exp(log_b)
         inner = self._branch(log_a, v[2:])
-        # log G^2 from either side, the branch's unknowns corrected.
-        from_a, rate_a = 2.0 * log_one_plus(a) - inner.t - inner.lag, 2.0 * a / (1.0 + a) - inner.rate
+        # log h from either side, the branch's unknowns corrected.
+        r = self.ratio
+        from_a = log_one_plus(a) + log_one_plus(r * a) - inner.t - inner.lag
+        rate_a = a / (1.0 + a) + r * a / (1.0 + r * a) - inner.rate
         from_b, rate_b = self.shortcut.evaluate(log_b)
         part = a / (a + b)
         excess, difference = np.log((a + b) / u), from_b - from_a
@@ -152,19 +122,19 @@ class Block(Part):
         follow_a, follow_b = rate_b / determinant, rate_a / determinant
         correct_a = ((1.0 - part) * difference - rate_b * excess) / determinant
         correct_b = -(part * difference + rate_a * excess) / determinant
-        t = log_u + log_one_plus(u) - from_b - np.log(self.mean)
-        rate = 1.0 + u / (1.0 + u) - rate_b * follow_b
+        t = log_u + log_one_plus(r * u) - from_b - np.log(self.mean)
+        rate = 1.0 + r * u / (1.0 + r * u) - rate_b * follow_b
         follow = np.concatenate([[follow_a, follow_b], inner.follow * follow_a])
         correction = np.concatenate([[correct_a, correct_b], inner.correction + inner.follow * correct_a])
         return Share(self.count * t, self.count * rate, -self.count * rate_b * correct_b, follow, correction)
 
     def contained(self, y: Points, v: Inner) -> Flags:
-        """Whether the block's own w = (1 + M)^2 / G^2 lies in the upper half-plane."""
+        """Whether the block's own w = (1 + M)(1 + r M) / h lies in the upper half-plane."""
         u = self.scale * np.exp(y)
-        angle = (2.0 * log_one_plus(u) - self.shortcut.evaluate(v[1])[0]).imag
+        angle = (log_one_plus(u) + log_one_plus(self.ratio * u) - self.shortcut.evaluate(v[1])[0]).imag
         good = (angle > -_SETTLED) & (angle < np.pi + _SETTLED)  # zero where the block is alone
         turned = v[0].imag < -np.pi - _ROUND
-        log_a, inner = _reflected(v[0], turned), _reflected(v[2:], turned)
+        log_a, inner = reflected(v[0], turned), reflected(v[2:], turned)
         for part, rows in zip(self.branch.kinds, self.branch.rows, strict=True):
             good &= part.contained(log_a, inner[rows])
         return np.asarray(good)
@@ -173,10 +143,11 @@ class Block(Part):
         """Integral of its share of t over M, from 0."""
         u, a, b = self.scale * m, np.exp(v[0]), np.exp(v[1])
         turned = v[0].imag < -np.pi - _ROUND
-        inside = self.branch.primitive(np.where(turned, np.conj(a), a), _reflected(v[2:], turned))
+        inside = self.branch.primitive(np.where(turned, np.conj(a), a), reflected(v[2:], turned))
         inside = np.where(turned, np.conj(inside) + 2j * np.pi * a, inside) + self.log_scale * a
-        from_a = 2.0 * x_log_x(1.0 + a) - 2.0 * a - inside
-        total = x_log_x(u) + x_log_x(1.0 + u) - 2.0 * u - self.shortcut.primitive(b, v[1]) - from_a
+        r = self.ratio
+        from_a = x_log_x(1.0 + a) + x_log_x(1.0 + r * a) / r - 2.0 * a - inside
+        total = x_log_x(u) + x_log_x(1.0 + r * u) / r - 2.0 * u - self.shortcut.primitive(b, v[1]) - from_a
         return np.asarray(self.count * (total - u * np.log(self.mean)) / self.scale)
 
     # --- real solutions
@@ -274,10 +245,7 @@ class Block(Part):
         u = self.scale * m
         v = np.full((self.size, len(m)), np.nan + 0j)
         y = np.log(np.abs(m)) - 1j * np.pi * (m < 0)
-        regions = [(u > 0, "_above", np.log(u)), ((u < 0) & (u > -1), "_negative", np.log(-u) - np.log1p(u))]
-        if not self._meets_zero:
-            regions.append((u < -1, "_below", np.log(-1.0 - u)))
-        for where, name, place in regions:
+        for where, name, place in self._regions(u):
             at = np.flatnonzero(where)
             if not len(at):
                 continue
@@ -286,9 +254,15 @@ class Block(Part):
                 continue
             # Above and below the law the real solutions end where M, as a function of a, turns back.
             at = at[(place[at] <= knots[-1]) | (name == "_negative")]
-            guess = np.array([_follow(place[at], knots, row.real) for row in rows]) + 1j * rows.imag[:, :1]
+            near = np.clip(np.searchsorted(knots, place[at]), 0, len(knots) - 1)
+            guess = np.array([_follow(place[at], knots, row.real) for row in rows]) + 1j * rows.imag[:, near]
             v[:, at] = self._settled(y[at], guess)
         return v
+
+    def _regions(self, u: Reals) -> list[tuple[Flags, str, Reals]]:
+        """Where each table holds, its name, and the places in it."""
+        regions = [(u > 0, "_above", np.log(u)), ((u < 0) & (u > -1), "_negative", np.log(-u) - np.log1p(u))]
+        return regions if self._meets_zero else [*regions, (u < -1, "_below", np.log(-1.0 - u))]
 
     def _settled(self, y: Points, v: Inner) -> Inner:
         """Newton at real M; NaN where it does not come to rest."""
@@ -306,23 +280,23 @@ class Block(Part):
     @property
     def at_shortcut(self) -> float:
         """Mass of the law at the shortcut's own value, where a branch of low rank leaves more than half untouched."""
-        return 0.0 if self.shortcut.gaussian else max(0.0, 1.0 - 2.0 * self.branch.lowest)
+        return 0.0 if self.shortcut.gaussian else max(0.0, self.rank - 2.0 * self.branch.lowest)
 
     def s_series(self) -> Other:
         """S(M) as a power series, from the branch's moments."""
         size = len(self.moments)
         branch = np.append(series_of(self.moments), 0.0) * np.exp(-self.log_scale)
         linear, term, composed = np.zeros(size), np.zeros(size), np.zeros(size)
-        linear[1:3], term[0] = 1.0, 1.0
-        square = multiply(linear, branch)  # G^2 in powers of a, known to the last order
+        linear[1:3], term[0] = (1.0, self.ratio), 1.0
+        square = multiply(linear, branch)  # h in powers of a, known to the last order
         total = self.shortcut.series(square)
         total[1] += 1.0
         a_of_m = revert(total)
         for coefficient in square[1:]:
             term = multiply(term, a_of_m)
             composed += coefficient * term
-        # S = G^2 / (M (1 + M))
-        return np.asarray(multiply(composed[1:], (-1.0) ** np.arange(size - 1)))
+        # S = h / (M (1 + r M))
+        return np.asarray(multiply(composed[1:], (-self.ratio) ** np.arange(size - 1)))
 
 
 def sharing(block: Block, others: Sequence[Block]) -> Block:
@@ -340,7 +314,7 @@ def _same(one: Chain, other: Chain) -> bool:
     )  # fmt: skip
 
 
-def _reflected(values: np.ndarray, turned: np.ndarray) -> np.ndarray:
+def reflected(values: np.ndarray, turned: np.ndarray) -> np.ndarray:
     """Logarithms, those beyond the negative axis by their mirror images: arguments theta by 2 pi - theta."""
     sign = np.where(values.imag < 0, -1.0, 1.0)
     return np.asarray(np.where(turned, np.conj(values) + 2j * np.pi * sign, values))

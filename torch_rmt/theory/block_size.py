@@ -36,15 +36,18 @@ def expected_block_distance(architecture: Architecture, signals: tuple[Signal, .
     simulated in tests/theory/test_residual.py within a factor of two.
     """
     n = min(min(layer.n_in, layer.n_out) for layer in every_layer(architecture.layers))
+    # Of the distribution function a narrow place leaves but its share to values that are not zero.
+    kept = min(1.0, min(layer.n_out for layer in architecture.layers) / architecture.layers[0].n_in)
+    rigid = RIGID * kept / n
     solver = measure.solver
     if not isinstance(solver, Chain):
-        return RIGID / n
+        return rigid
     zero = sum(mass for location, mass in measure.log_atoms if location == -np.inf)
     levels = zero + (1 - zero) * (np.arange(_POINTS) + 0.5) / _POINTS
     w, m = solver.solve(measure.rough_log_quantile(levels) - measure.log_scale)
     found = np.isfinite(m) & (np.abs(m.imag) > 1e-9)
     if not found.any():
-        return RIGID / n
+        return rigid
     w, m = w[:, found], m[found]
     places = [
         (kind, w[rows][0]) for kind, rows in zip(solver.kinds, solver.rows, strict=True) if isinstance(kind, Block)
@@ -52,7 +55,7 @@ def expected_block_distance(architecture: Architecture, signals: tuple[Signal, .
     inside = [_nearest(places, layer, signal) for layer, signal in zip(architecture.layers, signals, strict=True)]
     variance = _drawn_units(architecture, signals, m, inside) + _drawn_signal(architecture, signals, m, inside)
     spread = float(np.sqrt(2 / np.pi) * SUPREMUM * np.sqrt(variance.max()))
-    return min(1.0, float(np.hypot(np.hypot(spread, RIGID / n), _PERSISTING * slopes_persist(architecture.layers))))
+    return min(1.0, float(np.hypot(np.hypot(spread, rigid), _PERSISTING * slopes_persist(architecture.layers))))
 
 
 def _nearest(places: list[tuple[Block, Points]], layer: Layer | Residual, signal: Signal) -> Points | None:

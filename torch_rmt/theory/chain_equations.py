@@ -153,7 +153,7 @@ class ChainEquations:
         """log of the lowest point of the spectrum, -inf where it reaches zero: the greatest log z over M < -lowest."""
         if self.reaches_zero:
             return float("-inf")
-        excess = np.linspace(-32.0, 12.0, 67)
+        excess = np.linspace(-32.0, 12.3, 67)  # not through 0: there a block's unknowns may be infinite
         y = np.log(self.lowest) + np.log1p(np.exp(excess))
         for _ in range(3):
             state = self.real_state(y, -1.0)

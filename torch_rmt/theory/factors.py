@@ -14,7 +14,7 @@ from torch_rmt.measures.base import SpectralMeasure
 from torch_rmt.theory.activation import Activation
 from torch_rmt.theory.architecture import Architecture, Layer, Residual
 from torch_rmt.theory.atomic_chain import AtomicChain
-from torch_rmt.theory.block import Block, Shortcut, sharing
+from torch_rmt.theory.block import Block, sharing
 from torch_rmt.theory.chain import Chain
 from torch_rmt.theory.chain_kind import Kind
 from torch_rmt.theory.chain_parts import Term
@@ -24,8 +24,10 @@ from torch_rmt.theory.jacobian_law import Solver
 from torch_rmt.theory.like_blocks import gathered
 from torch_rmt.theory.like_layers import representative_moments
 from torch_rmt.theory.moments import is_scale_invariant, slope_moment
+from torch_rmt.theory.projection_block import ProjectionBlock
 from torch_rmt.theory.propagation import BlockSignal, Signal, sum_gain, weight_gain
 from torch_rmt.theory.series import moments_from_s, multiply, power, s_series
+from torch_rmt.theory.shortcut import Shortcut
 from torch_rmt.theory.slope_law import NodeLaw, slope_law
 
 _MOMENTS = 9
@@ -134,7 +136,8 @@ class Factors:
         """Multiply by residual blocks; scaled to mean one."""
         self.atomic, self.plain = None, False
         self.log_scale += block.count * float(np.log(block.mean))
-        at_one = block.count * float(np.log(block.shortcut.scale / block.mean))
+        self.rank = min(self.rank, block.rank / block.scale)
+        at_one = block.count * float(np.log(block.shortcut.value / block.mean))
         lost = block.count * (1.0 - block.at_shortcut) / block.scale
         self._narrow((kept - lost, log + at_one) for kept, log in self.constants)
         self.blocks.append(block)
@@ -244,7 +247,7 @@ def _collected(
         if isinstance(layer, Layer):
             factors.add_weights(layer, first)
         elif isinstance(signal, BlockSignal):
-            blocks.setdefault(first / layer.n_out, []).append((layer, signal))
+            blocks.setdefault(first / layer.n_in, []).append((layer, signal))
         factors.log_scale -= float(np.log(signal.divisor))
         if layer.activation is not None or layer.dropout > 0:
             key = id(layer.activation), first / layer.n_out, float(layer.dropout)
@@ -254,7 +257,9 @@ def _collected(
             block = sharing(residual_block(layer, signal), factors.blocks).over(scale, count)
             factors.add_block(block)
             factors.log_scale -= count * float(np.log(block.mean))
-        factors.log_scale += sum(float(np.log(sum_gain(layer, signal))) for layer, signal in pairs)
+        factors.log_scale += sum(
+            float(np.log(sum_gain(layer, signal) * layer.n_out / layer.n_in)) for layer, signal in pairs
+        )
     for (_, scale, dropout), (activation, qs) in alike.items():
         if activation is None:
             factors.add_law(slope_law(None, 1.0).thinned(dropout), scale, len(qs))
@@ -276,15 +281,17 @@ def _collected(
 def residual_block(block: Residual, signal: BlockSignal) -> Block:
     """The part that a residual block adds to a chain of its own width."""
     branch = _collected(block.branch, signal.branch, order=14, on_axis=True)
-    return Block(branch.chain(), branch.log_scale, _shortcut(block, signal.shortcut), 1.0, 1.0, branch.moments())
+    kind = Block if block.n_in == block.n_out else ProjectionBlock
+    return kind(branch.chain(), branch.log_scale, _shortcut(block, signal.shortcut), 1.0, 1.0, branch.moments())
 
 
 def _shortcut(block: Residual, signals: tuple[Signal, ...]) -> Shortcut:
-    scale, gaussian = 1.0, False
+    ratio = block.n_in / block.n_out
+    scale, gaussian = 1.0 / ratio, False
     for layer, signal in zip(block.shortcut, signals, strict=True):
         scale *= weight_gain(layer) / signal.divisor
         gaussian = gaussian or layer.ensemble == "gaussian"
-    return Shortcut(scale, gaussian)
+    return Shortcut(scale, gaussian, ratio)
 
 
 def _counted(moments: list[float]) -> tuple[tuple[float, float], ...]:

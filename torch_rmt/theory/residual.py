@@ -26,8 +26,8 @@ def checked_blocks(layers: Sequence[Layer | Residual]) -> None:
     """Raise where a residual block has no law here.
 
     Raises:
-        ValueError: a branch without random weights; a shortcut that is neither the identity nor one square random
-            layer; activations on both sides of identity shortcuts.
+        ValueError: a branch without random weights; a shortcut that is neither the identity nor one random layer;
+            activations on both sides of identity shortcuts.
     """
     for block in layers:
         if not isinstance(block, Residual):
@@ -36,11 +36,6 @@ def checked_blocks(layers: Sequence[Layer | Residual]) -> None:
         checked_blocks(block.branch)
         if not any(mixes(layer) for layer in block.branch):
             raise ValueError(f"{name} has no random weights in its branch: x and branch(x) are not free of each other.")
-        if block.n_in != block.n_out:
-            raise ValueError(
-                f"{name} changes the width from {block.n_in} to {block.n_out}: a sum of rectangular matrices has no "
-                "law here. Describe the stretches before and after it (source=, target=)."
-            )
         if any(layer.activation is not None or layer.dropout > 0 for layer in block.shortcut) or (
             sum(mixes(layer) for layer in block.shortcut) > 1
         ):
