@@ -29,6 +29,7 @@ from torch_rmt.operators import (
     layer_blocks,
 )
 from torch_rmt.operators import ladder as ladder_module
+from torch_rmt.operators.dual_counts import dual_bytes, dual_counts
 from torch_rmt.spectra import exact
 from torch_rmt.spectra import exact as exact_function
 from torch_rmt.spectra.affordable import affordable_spectrum
@@ -319,10 +320,36 @@ def test_a_custom_part_goes_by_products_and_is_counted_so() -> None:
     torch.manual_seed(0)
     net = Calls(lambda m, x: m.out(x * m.scale.weight[0]), scale=nn.Linear(8, 1), out=nn.Linear(8, 3)).double()
     few = NeuralTangentKernel(net, torch.randn(40, 8, dtype=torch.float64))
-    from torch_rmt.operators.dual_counts import dual_counts
-
     counts = dual_counts(few)
     assert (counts.rows, counts.rows_by_products) == (120, 120)
     gram = dual_gram(few)
     assert "2 parameters by products" in gram.method
     torch.testing.assert_close(gram.matrix, dense(few))
+
+
+def test_a_module_that_is_the_whole_model_is_contracted() -> None:
+    torch.manual_seed(0)
+    G = GaussNewton(nn.Linear(8, 3).double(), F.cross_entropy, _setting(20)[1])
+    gram = dual_gram(G)
+    assert gram.method == "Gram matrices of the modules"
+    torch.testing.assert_close(gram.eigenvalues()[-20:], torch.linalg.eigvalsh(dense(G))[-20:], rtol=1e-8, atol=1e-12)
+
+
+def test_the_dual_takes_half_of_what_is_free_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = GaussNewton(*_args(30))
+    expected, need = dual_gram(operator).matrix, dual_bytes(operator, dual_counts(operator))
+    monkeypatch.setattr("torch_rmt.operators.dual_counts.free_bytes", lambda _: 2 * need)
+    torch.testing.assert_close(dual_gram(operator).matrix, expected)
+    monkeypatch.setattr("torch_rmt.operators.dual_counts.free_bytes", lambda _: 2 * need - 2)
+    with pytest.raises(ValueError, match="use fewer samples"):
+        dual_gram(operator)
+
+
+def test_what_was_left_out_for_time_is_not_done_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine slow at eigenvalues the matrix is left out; a budget beyond the dimension does not bring it back."""
+    monkeypatch.setattr(sys.modules["torch_rmt.operators.plan"], "machine_speed", lambda _: 1.0)
+    hessian = Hessian(*_args(40, width=4))
+    found = affordable_spectrum(hessian, torch.Generator().manual_seed(0), products=10**5, max_seconds=1e5)
+    assert not found.method.startswith("exact"), found.method
+    assert found.matvecs < hessian.shape[0]
+    assert any("left out for time" in note for note in found.notes)

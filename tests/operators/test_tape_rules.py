@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_rmt.operators.tape import record
+from torch_rmt.operators.tape_memory import IN_PLACE
 from torch_rmt.operators.tape_player import player
 from torch_rmt.operators.tape_rules import simplified
 
@@ -124,3 +125,34 @@ def test_what_is_nearly_the_same_is_kept_apart() -> None:
         play = player(simplified(record(walk, tuple(first))[0]))
         for played, true in zip(play(tuple(second)), walk(tuple(second)), strict=True):
             torch.testing.assert_close(played, true)
+
+
+def test_only_what_nobody_looks_at_is_written_over() -> None:
+    """A product is the place of its last reader; not where a transpose of it, or it itself, is read after that."""
+    a = torch.randn(N, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def free(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        made = v[0] @ a
+        return made.sum(0), made * a
+
+    def looked_at(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        made = v[0] @ a
+        look = made.t()
+        return made * a, look @ a
+
+    def read_later(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        made = v[0] @ a
+        first = made * a
+        return first, made @ a
+
+    def given(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        made = v[0] @ a
+        return made * a, made
+
+    first, second = torch.randn(2, 2, N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for walk, over in ((free, 1), (looked_at, 0), (read_later, 0), (given, 0)):
+        with torch.no_grad():
+            short = simplified(record(walk, tuple(first))[0])
+            assert sum(step.function in IN_PLACE for step in short.steps) == over, walk.__name__
+            for played, true in zip(player(short)(tuple(second)), walk(tuple(second)), strict=True):
+                torch.testing.assert_close(played, true)

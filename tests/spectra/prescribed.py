@@ -32,41 +32,47 @@ MATRIX_SPECTRA: dict[str, np.ndarray] = {
     "decades": np.logspace(-8, 0, 100),
 }
 
-Quantity = Callable[[LinearOperator, torch.Generator], tuple[float, float]]
+Quantity = Callable[[LinearOperator, torch.Generator], list[tuple[float, float]]]
 Truth = Callable[[np.ndarray], float]
 
 
-def _of_spectrum(settings: SLQ | BlockSLQ, order: int) -> Quantity:
-    return lambda operator, generator: settings(operator, generator).moment(order)
-
-
-def _of_estimate(function: Callable[..., object], **settings: int) -> Quantity:
-    def quantity(operator: LinearOperator, generator: torch.Generator) -> tuple[float, float]:
-        estimate = function(operator, generator, **settings)
-        return estimate.value, estimate.standard_error
+def _of_spectrum(settings: SLQ | BlockSLQ, *orders: int) -> Quantity:
+    def quantity(operator: LinearOperator, generator: torch.Generator) -> list[tuple[float, float]]:
+        spectrum = settings(operator, generator)
+        return [spectrum.moment(order) for order in orders]
 
     return quantity
 
 
-def _square(operator: LinearOperator, generator: torch.Generator) -> tuple[float, float]:
+def _of_estimate(function: Callable[..., object], **settings: int) -> Quantity:
+    def quantity(operator: LinearOperator, generator: torch.Generator) -> list[tuple[float, float]]:
+        estimate = function(operator, generator, **settings)
+        return [(estimate.value, estimate.standard_error)]
+
+    return quantity
+
+
+def _square(operator: LinearOperator, generator: torch.Generator) -> list[tuple[float, float]]:
     estimate = mixed_moment((operator, operator), generator, probes=12)
-    return estimate.value, estimate.standard_error
+    return [(estimate.value, estimate.standard_error)]
+
+
+def _mean_square(values: np.ndarray) -> float:
+    return float(np.mean(values**2))
 
 
 #: name -> (estimator, what it estimates); each must be unbiased with z-scores of root mean square one.
-ESTIMATORS: dict[str, tuple[Quantity, Truth]] = {
-    "slq mean": (_of_spectrum(SLQ(probes=6, depth=10), 1), np.mean),
-    "slq second moment": (_of_spectrum(SLQ(probes=6, depth=10), 2), lambda v: float(np.mean(v**2))),
+ESTIMATORS: dict[str, tuple[Quantity, *tuple[Truth, ...]]] = {
+    "slq": (_of_spectrum(SLQ(probes=6, depth=10), 1, 2), np.mean, _mean_square),
     "slq, no reorthogonalisation": (_of_spectrum(SLQ(4, 30, reorthogonalise="none"), 1), np.mean),
     "slq, one probe": (_of_spectrum(SLQ(probes=1, depth=12), 1), np.mean),
     "slq deflated": (_of_spectrum(SLQ(probes=3, depth=10, deflate=4), 1), np.mean),
-    "block slq mean": (_of_spectrum(BlockSLQ(probes=4, depth=8), 1), np.mean),
-    "block slq second moment": (_of_spectrum(BlockSLQ(probes=4, depth=8), 2), lambda v: float(np.mean(v**2))),
+    "block slq": (_of_spectrum(BlockSLQ(probes=4, depth=8), 1, 2), np.mean, _mean_square),
     "hutchinson": (_of_estimate(hutchinson, probes=20), np.sum),
     "hutch++": (_of_estimate(hutch_plus_plus, matvecs=30), np.sum),
     "xtrace": (_of_estimate(xtrace, matvecs=30), np.sum),
     "trace": (_of_estimate(trace, matvecs=30), np.sum),
-    "mixed moment": (_square, lambda v: float(np.mean(v**2))),
+    "mixed moment": (_square, _mean_square),
 }
 
 

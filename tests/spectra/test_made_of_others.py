@@ -15,9 +15,11 @@ from torch_rmt.spectra import (
     SLQ,
     DenseOperator,
     Spectrum,
+    diagonal,
     exact,
     golub_kahan,
     hutch_plus_plus,
+    mixed_moment,
     trace,
     xtrace,
 )
@@ -136,3 +138,31 @@ def test_a_trace_within_its_budget(estimate: Callable[..., Estimate]) -> None:
         assert estimate(operator, torch.Generator().manual_seed(0), matvecs=budget).matvecs <= budget
     with pytest.raises(ValueError, match="at least 6"):
         estimate(operator, torch.Generator().manual_seed(0), matvecs=5)
+
+
+def test_settings_that_measure_nothing_are_refused() -> None:
+    operator = Dense(torch.eye(4), symmetric=True)
+    for probes, depth in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="at least one probe and one step"):
+            SLQ(probes, depth)
+    with pytest.raises(ValueError, match="at least two probes"):
+        mixed_moment((operator, operator), torch.Generator().manual_seed(0), probes=1)
+    with pytest.raises(ValueError, match="at least two probes"):
+        diagonal(operator, torch.Generator().manual_seed(0), probes=1)
+    for shape in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="no spectrum of an empty matrix"):
+            golub_kahan(Dense(torch.zeros(shape)), torch.ones(shape[1], 1), 2, reorthogonalise=False)
+
+
+@pytest.mark.parametrize("exponent", [-40, 40])
+@pytest.mark.parametrize("reorthogonalise", [True, False])
+def test_a_subspace_closes_at_any_scale(exponent: int, reorthogonalise: bool) -> None:
+    """Three singular values take three steps; a power of two rounds nothing, so all else is the same to the bit."""
+    matrix = drawn(20, 3, 0) @ drawn(3, 16, 1)
+    start, runs = drawn(16, 2, 2), []
+    for scale in (1.0, 2.0**exponent):
+        runs.append(golub_kahan(Dense(scale * matrix), start, 6, reorthogonalise=reorthogonalise))
+        if reorthogonalise:
+            assert (runs[-1].diagonal[:, :3] > 0).all()
+            assert (runs[-1].diagonal[:, 4:] == 0).all()
+    np.testing.assert_array_equal(runs[1].diagonal, runs[0].diagonal * 2.0**exponent)
