@@ -104,6 +104,13 @@ def test_batch_norm_in_training_mode_is_no_batch_of_one() -> None:
     assert "batch of one" not in report.verdict
 
 
+def test_the_table_says_no_law_only_where_nothing_was_predicted() -> None:
+    found = diagnose(mlp(), (X, Y), functional.cross_entropy, what=("fisher",))
+    norm = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+    other = diagnose(norm, (X, Y), functional.cross_entropy, what=("fisher",))
+    assert [one.rows()[1][3] for one in (found, other)] == ["scale only", "no law"]
+
+
 def test_a_jacobian_of_one_factor_has_nothing_to_be_free_of() -> None:
     found = diagnose(nn.Sequential(nn.Linear(8, 3)), (X, Y), functional.cross_entropy, what=("freeness",))
     assert "a single factor" in found["freeness"].verdict

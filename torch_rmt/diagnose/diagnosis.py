@@ -66,7 +66,8 @@ class Diagnosis:
         rows: list[tuple[str, ...]] = [("spectrum", "mean", "largest", "distance to law", "noise", "verdict")]
         for report in self.reports:
             scalars, ks = report.scalars(), report.distance("kolmogorov")
-            distance = ("no law", "") if ks is None else (f"{ks.value:.3g}", f"{ks.noise:.3g}")
+            none = "scale only" if "wide/mean" in report.facts else "no law"
+            distance = (none, "") if ks is None else (f"{ks.value:.3g}", f"{ks.noise:.3g}")
             largest = scalars.get("largest_eigenvalue", scalars["largest"])
             rows.append((report.name, f"{scalars['mean']:.3g}", f"{largest:.3g}", *distance, report.verdict))
         return rows
