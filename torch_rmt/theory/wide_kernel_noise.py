@@ -62,7 +62,7 @@ def kernel_noise(
         ValueError: as `wide_kernel` does; a loss without curvature.
 
     Standard deviations over 60 to 120 drawn networks (tanh and ReLU, 2 to 6 hidden layers, widths 64 to 512, 1, 3 and
-    10 outputs, 176 cases), over the stated: 0.72 to 1.2 for the trace, 0.70 to 1.23 for the largest eigenvalue, the
+    10 outputs, 182 cases), over the stated: 0.72 to 1.2 for the trace, 0.70 to 1.23 for the largest eigenvalue, the
     lowest where several directions over the samples have nearly equal eigenvalues and the noisiest counts. Source: the
     first order in 1/n of Hanin and Nica 2020 and of Roberts, Yaida and Hanin 2022, chapter 8, here by derivatives; the
     exponential found by comparison.
