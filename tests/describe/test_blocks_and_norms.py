@@ -107,7 +107,7 @@ def test_a_resnet_is_read_stage_by_stage(option: str, training: bool) -> None:
             describe_between(net, IMAGES, "bn1", "layer2")
     else:
         first = describe_between(net, IMAGES, "layer1", "layer2").layers[0]
-        assert shape([first]) == [(block, [("0", kind, None)])]
+        assert shape([first]) == [(block, [("0 reads", None, None), ("0", kind, None)])]
         assert (first.n_in, first.n_out) == (8 * 64, 16 * 16)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.theory.test_residual import GELU, RELU, TANH, draw, norm, pre_norm
-from torch_rmt.measures import Discrete, MarchenkoPastur, PointMass, SpectralMeasure, rectangular_sum
+from torch_rmt.measures import Discrete, MarchenkoPastur, Mixture, PointMass, SpectralMeasure, rectangular_sum
 from torch_rmt.theory import Architecture, Layer, Residual, jacobian_spectrum
 
 
@@ -40,6 +40,19 @@ def test_linear_blocks_are_rectangular_sums(
     np.testing.assert_allclose([law.moment(k) for k in (1, 2, 3, 4)], wanted.moments(4), rtol=1e-11)
     z = x[::10] + 0.1j * high
     np.testing.assert_allclose(law.stieltjes(z), wanted.stieltjes(z), rtol=1e-9)
+
+
+def test_a_shortcut_that_sees_a_quarter_of_its_input() -> None:
+    """As a strided 1x1 convolution: a projection, then a Gaussian matrix."""
+    shortcut = (Layer(400, 100, None, 1.0, ensemble="orthogonal"), Layer(100, 200, None, 0.9))
+    law = jacobian_spectrum(Architecture((Residual((Layer(400, 200, None, 1.0),), shortcut),), 1.0)).measure
+    beside = Mixture([PointMass(0.0), MarchenkoPastur(0.5, 1.62)], [0.75, 0.25])
+    wanted = rectangular_sum([MarchenkoPastur(2.0, 0.5), beside], [4, 2])
+    x = np.linspace(0.12, 7.0, 30)
+    np.testing.assert_allclose(law.cdf(x), wanted.cdf(x), atol=1e-11)
+    np.testing.assert_allclose(law.density(x), wanted.density(x), atol=1e-9)
+    np.testing.assert_allclose([law.moment(k) for k in (1, 2, 3, 4)], wanted.moments(4), rtol=1e-11)
+    np.testing.assert_allclose(law.support(), wanted.support(), rtol=1e-9)
 
 
 def test_a_branch_of_low_rank() -> None:
@@ -100,6 +113,12 @@ NETWORKS: dict[str, Build] = {
         Residual((norm(2 * n), Layer(2 * n, n, RELU, 1.4), Layer(n, n, None, 0.7)), (Layer(2 * n, n, None, 1.0),)),
         pre_norm(n, RELU, 0.7),
     ),
+    "strided shortcut": lambda n: (
+        Residual(
+            (Layer(2 * n, n, TANH, 1.4), Layer(n, n, None, 1.0)),
+            (haar(2 * n, n // 2, 1.0), Layer(n // 2, n, None, 0.9)),
+        ),
+    ),
     "there and back": lambda n: (
         Layer(n, n, TANH, 1.2),
         Residual((Layer(n, 2 * n, TANH, 1.2), Layer(2 * n, 2 * n, None, 0.8)), (Layer(n, 2 * n, None, 0.7),), TANH),
@@ -128,4 +147,4 @@ def test_drawn_networks(name: str) -> None:
     assert prediction.finite_size_error is not None
     assert 0.4 < distances[1] / (prediction.finite_size_error * 96 / 128) < 2.2
     mean = np.mean([draw(Architecture(build(128), 1.0), generator)[0].sum() for _ in range(6)])
-    assert mean / (128 * build(1)[0].n_in) == pytest.approx(prediction.scalars["mean"], rel=0.08)
+    assert mean / build(128)[0].n_in == pytest.approx(prediction.scalars["mean"], rel=0.08)

@@ -60,6 +60,7 @@ class WeightUse:
         input, output: numbers of the tensors before and after.
         groups: of a convolution.
         kept: share of a convolution's taps that fall on the input and not on its zero padding.
+        read: share of the input's places that a convolution reads; a kernel smaller than its stride skips the others.
         note: what a law for circular, unstrided maps does not cover, in words; "" if nothing.
     """
 
@@ -74,6 +75,7 @@ class WeightUse:
     groups: int = 1
     kept: float = 1.0
     note: str = ""
+    read: float = 1.0
 
     @property
     def fan_in(self) -> int:
@@ -190,8 +192,9 @@ class _Recorder(TorchFunctionMode):
         parameter = self.parameters.get(id(weight), "")
         module = self.stack[-1] if self.stack else call
         name = parameter.removesuffix(".weight").removesuffix("_weight") if parameter else module
-        notes, kept = [], 1.0
+        notes, kept, read = [], 1.0, 1.0
         if call != "linear":
+            read = _places_read(data, weight, given)
             if any(s != 1 for s in _tuple(given.get("stride", 1))):
                 notes.append("stride")
             kept = _kept_taps(data, weight, given)
@@ -209,7 +212,18 @@ class _Recorder(TorchFunctionMode):
             groups=int(given.get("groups", 1)),
             kept=kept,
             note=" and ".join(notes),
+            read=read,
         )
+
+
+def _places_read(data: Tensor, weight: Tensor, given: dict[str, Any]) -> float:
+    """Share of the places that a convolution reads: less than one where its kernel is smaller than its stride."""
+    dims, read = weight.ndim - 2, 1.0
+    for d, stride in enumerate(_each(given.get("stride", 1), dims)):
+        size, taps = data.shape[d - dims], weight.shape[d + 2]
+        if taps < stride:
+            read *= min(1.0, ((size - taps) // stride + 1) * taps / size)
+    return read
 
 
 def _kept_taps(data: Tensor, weight: Tensor, given: dict[str, Any]) -> float:

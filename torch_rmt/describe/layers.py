@@ -33,6 +33,11 @@ def layers_on(graph: ForwardGraph, way: Way, start: int, *, measured: bool = Tru
     chain.activate(way.first, way.first_stretch.dropout, start)
     for step, following, activation in way.links:
         if isinstance(step, WeightUse):
+            if measured and step.read < 1.0:  # a projection on the places that it reads comes first
+                read = max(1, round(chain.width * step.read))
+                chain.items.append(
+                    Layer(chain.width, read, None, 1.0, ensemble="orthogonal", name=f"{step.name} reads")
+                )
             layer = layer_of(graph, step, None, chain.width)
             kept = math.sqrt(step.kept) if measured else 1.0
             chain.items.append(replace(layer, sigma_w=layer.sigma_w * kept))

@@ -26,6 +26,7 @@ from torch_rmt.theory.like_layers import representative_moments
 from torch_rmt.theory.moments import is_scale_invariant, slope_moment
 from torch_rmt.theory.projection_block import ProjectionBlock
 from torch_rmt.theory.propagation import BlockSignal, Signal, sum_gain, weight_gain
+from torch_rmt.theory.residual import reads_a_part
 from torch_rmt.theory.series import moments_from_s, multiply, power, s_series
 from torch_rmt.theory.shortcut import Shortcut
 from torch_rmt.theory.slope_law import NodeLaw, slope_law
@@ -291,7 +292,8 @@ def _shortcut(block: Residual, signals: tuple[Signal, ...]) -> Shortcut:
     for layer, signal in zip(block.shortcut, signals, strict=True):
         scale *= weight_gain(layer) / signal.divisor
         gaussian = gaussian or layer.ensemble == "gaussian"
-    return Shortcut(scale, gaussian, ratio)
+    seen = block.shortcut[0].n_out / block.n_in if reads_a_part(block) else 1.0
+    return Shortcut(scale, gaussian, ratio, seen)
 
 
 def _counted(moments: list[float]) -> tuple[tuple[float, float], ...]:

@@ -36,12 +36,15 @@ def checked_blocks(layers: Sequence[Layer | Residual]) -> None:
         checked_blocks(block.branch)
         if not any(mixes(layer) for layer in block.branch):
             raise ValueError(f"{name} has no random weights in its branch: x and branch(x) are not free of each other.")
+        if any(not isinstance(layer.ensemble, str | PointMass) for layer in block.shortcut):
+            raise ValueError(
+                f"{name}: a shortcut with a measured law, such as a norm that scales its channels unevenly, "
+                "has no law here. Take a stretch without it."
+            )
         if any(layer.activation is not None or layer.dropout > 0 for layer in block.shortcut) or (
-            sum(mixes(layer) for layer in block.shortcut) > 1
+            sum(mixes(layer) for layer in block.shortcut) > 1 and not reads_a_part(block)
         ):
             raise ValueError(f"{name}: a shortcut is the identity or one linear layer here. Take a stretch without it.")
-        if any(not isinstance(layer.ensemble, str | PointMass) for layer in block.shortcut):
-            raise ValueError(f"{name}: a shortcut with a measured law has no law here. Take a stretch without it.")
     facing = _facing_slopes(layers)
     if facing is not None:
         raise ValueError(
@@ -49,6 +52,18 @@ def checked_blocks(layers: Sequence[Layer | Residual]) -> None:
             "shortcut a unit that was on stays on, and the slopes are not free of each other. Take a stretch that "
             "begins behind the one or ends before the other (source=, target=)."
         )
+
+
+def reads_a_part(block: Residual) -> bool:
+    """Whether the shortcut is a projection to fewer dimensions, then a Gaussian layer, as a strided 1x1 convolution."""
+    mixing = [layer for layer in block.shortcut if mixes(layer)]
+    return (
+        len(mixing) == 2
+        and mixing[0] is block.shortcut[0]
+        and (mixing[0].ensemble, mixing[1].ensemble) == ("orthogonal", "gaussian")
+        and mixing[0].n_out < mixing[0].n_in
+        and block.n_in != block.n_out
+    )
 
 
 def mixes(layer: Layer | Residual) -> bool:
