@@ -258,7 +258,6 @@ def test_a_loss_that_is_not_finite_is_said_once_with_the_layer() -> None:
     assert len(said) == 2
     for message, what in zip(said, ("hessian", "fisher"), strict=True):
         assert f"could not measure the {what} spectrum at step 0 in layer 'net.2.weight'" in message
-        assert "nan" in message
         assert "'net.2.weight' is not finite" in message
         assert "lower the learning rate" in message
 
