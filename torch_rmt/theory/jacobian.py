@@ -24,7 +24,7 @@ def jacobian_spectrum(architecture: Architecture) -> Prediction:
 
     A residual block multiplies J by D (1 + A), A the Jacobian of its branch: the symmetrised singular laws of 1 and A
     add freely, and the squared singular laws of blocks and layers multiply freely, at any depth and size of branch. A
-    projection B in the place of 1 may change the width: the rectangular R-transforms of A and B add (`ProjectionBlock`).
+    projection B in the place of 1 may change the width: the rectangular R-transforms of A and B add.
 
     log z = log((1 + M) / M) + sum_l [log 1/S_{W_l} + log 1/S_{D_l^2}(n_0 M / n_l)], M = z G - 1, normalised on the n_0
     dimensions of the input; D_l^2 has the law of phi'(sqrt(q_l) Z)^2.
