@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torch_rmt.operators.losses import output_curvature
+from torch_rmt.operators.losses import Loss, output_curvature
 
 
 def truth(output: Tensor, u: Tensor, dim: int) -> Tensor:
@@ -38,3 +38,34 @@ def test_products_and_roots_keep_their_digits(seed: int, shape: tuple[int, ...],
     diagonal = wanted_dense.diagonal().clamp_min(1e-30)
     scaled = (roots.T @ roots - wanted_dense).abs() / (diagonal[:, None] * diagonal).sqrt()
     assert float(scaled[diagonal > 1e-20][:, diagonal > 1e-20].max()) < 1e-5
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(output, target.argmax(1))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e6])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("loss", "form", "known"),
+    [
+        (_cross_entropy, "softmax", True),
+        (functional.binary_cross_entropy_with_logits, "elementwise", True),
+        (functional.mse_loss, "elementwise", True),
+        (functional.smooth_l1_loss, "elementwise", False),
+    ],
+)
+def test_a_likelihood_is_known_however_sure_the_network_is(
+    loss: Loss, form: str, known: bool, seed: int, scale: float
+) -> None:
+    """At 1e6 no curvature is left: what the loss is shows elsewhere. The mean of |z|^2 is the trace."""
+    torch.manual_seed(seed)
+    output, target = torch.randn(6, 5) * scale, torch.rand(6, 5).round()
+    with torch.enable_grad():
+        found = output_curvature(loss, output, target)
+    assert found.form == form
+    assert (found.draw is not None) is known
+    if found.draw is not None:
+        squares = torch.stack([found.draw(torch.Generator().manual_seed(i)).square().sum() for i in range(2000)])
+        trace = found.product(torch.eye(30).reshape(30, 6, 5)).flatten(1).trace()
+        assert float((squares.mean() - trace).abs()) <= 5 * float(squares.std()) / 2000**0.5 + 1e-6  # of rarer labels

@@ -86,16 +86,20 @@ def output_curvature(loss: Loss, output: Tensor, targets: Any) -> OutputCurvatur
     def fits(form: Tensor, slack: float = 0.0) -> bool:
         return float((form - image[1:]).norm()) <= tolerance * float(image[1:].norm()) + slack
 
-    slopes = image[0] / probe[0]
-    if fits(slopes * probe[1:]):
+    # What the loss is shows at small logits: where the network is sure, its curvature is rounding, or zero.
+    mild = wide / max(1.0, float(wide.abs().max()) / 3.0)
+    try:
+        reference = _hessian_by_autograd(loss, mild, targets)(probe)
+    except (RuntimeError, ValueError):  # a loss that is not defined there
+        mild, reference = wide, image
+    slopes, at_mild = image[0] / probe[0], reference[0] / probe[0]
+    diagonal = float((at_mild * probe[1] - reference[1]).norm()) <= tolerance * float(reference[1].norm())
+    if fits(slopes * probe[1:]) and (diagonal or bool(image[1:].any())):
         d = slopes.to(output.dtype)
-        draw = _elementwise_draw(loss, output, targets, d)
+        draw = _elementwise_draw(loss, wide, targets, slopes, mild, at_mild, output.dtype)
         square_root = None if bool((d < 0).any()) else d.sqrt()
         root = None if square_root is None else lambda u: square_root * u
         return OutputCurvature("elementwise", lambda u: d * u, draw, root)
-    # The size s of each row is read at small logits: where the network is sure, the reference itself is rounding.
-    mild = wide / max(1.0, float(wide.abs().max()) / 3.0)
-    reference = _hessian_by_autograd(loss, mild, targets)(probe)
     slack = 1e-14 * float(reference.norm())
     for dim in sorted({1, output.ndim - 1}) if output.ndim > 1 else (0,):
         b = _softmax_base(mild.softmax(dim), probe, dim)
@@ -158,14 +162,14 @@ def _categorical_draw(p: Tensor, s: Tensor, dim: int) -> Callable[[torch.Generat
 
 
 def _elementwise_draw(
-    loss: Loss, output: Tensor, targets: Any, d: Tensor
+    loss: Loss, output: Tensor, targets: Any, d: Tensor, mild: Tensor, at_mild: Tensor, dtype: torch.dtype
 ) -> Callable[[torch.Generator], Tensor] | None:
     """Gaussian if the curvature does not depend on the output, Bernoulli if it goes as sigmoid'."""
-    if not bool((d > 0).any()) or bool((d < 0).any()):
+    if not bool((at_mild > 0).any()) or bool((at_mild < 0).any()):
         return None
     generator = torch.Generator(device=output.device).manual_seed(3)
     noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
-    elsewhere = output.detach() + noise * (1.0 + 3.0 * output.detach().std(correction=0))
+    elsewhere = mild + noise * (1.0 + 3.0 * mild.std(correction=0))
     try:
         moved = _hessian_by_autograd(loss, elsewhere, targets)(torch.ones_like(output).unsqueeze(0))[0]
     except (RuntimeError, ValueError):  # a loss of probabilities refuses numbers outside [0, 1]
@@ -175,13 +179,18 @@ def _elementwise_draw(
     def same(a: Tensor, b: Tensor) -> bool:
         return float((a - b).norm()) <= tolerance * float(b.norm())
 
-    if same(moved, d):
-        return lambda g: d.sqrt() * torch.randn(d.shape, generator=g, dtype=d.dtype, device=d.device)
-    p, q = output.detach().sigmoid(), elsewhere.sigmoid()
-    s = d / (p * (1 - p))
-    if same(s * q * (1 - q), moved):
-        return lambda g: s.sqrt() * (p - torch.bernoulli(p, generator=g))
+    if same(moved, at_mild) and same(d, at_mild):
+        root = d.sqrt().to(dtype)
+        return lambda g: root * torch.randn(root.shape, generator=g, dtype=dtype, device=root.device)
+    s = at_mild / _bernoulli_variance(mild)
+    if same(s * _bernoulli_variance(elsewhere), moved) and same(s * _bernoulli_variance(output), d):
+        p, size = output.sigmoid().to(dtype), s.sqrt().to(dtype)
+        return lambda g: size * (p - torch.bernoulli(p, generator=g))
     return None
+
+
+def _bernoulli_variance(logits: Tensor) -> Tensor:
+    return logits.sigmoid() * (-logits).sigmoid()
 
 
 def known_likelihood(loss: Loss, output: Tensor, targets: Any) -> Callable[[torch.Generator], Tensor]:
