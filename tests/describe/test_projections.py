@@ -50,7 +50,7 @@ def convolutions(c: int) -> tuple[nn.Sequential, Tensor]:
 
 
 NETWORKS: dict[str, tuple[Callable[[int], tuple[nn.Sequential, Tensor]], tuple[int, int], str]] = {
-    "perceptron": (perceptron, (24, 96), "4"),
+    "perceptron": (perceptron, (24, 64), "4"),
     "strided 1x1 convolutions": (convolutions, (3, 9), "3"),
 }
 
