@@ -370,3 +370,19 @@ def test_bad_input_is_refused_before_anything_is_drawn() -> None:
         with pytest.raises(error, match=match):
             call()
     assert torch.equal(net[2].weight, before)
+
+
+def test_complex_weights_are_refused_by_name() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.head = nn.Linear(8, 16, dtype=torch.cfloat), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inside(x.to(torch.cfloat)).abs())
+
+    model = Complex()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(TypeError, match="'inside' is complex"):
+        critical_init_(model, torch.randn(4, 8))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

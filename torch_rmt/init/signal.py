@@ -35,7 +35,7 @@ def signals(module: nn.Module, example_input: Any, *, seed: int = 0) -> tuple[La
     The gradient is of sum_i u_i f_i, u uniform on the unit sphere for each sample, drawn from `seed`.
 
     Raises:
-        TypeError: the output is not a floating-point tensor.
+        TypeError: the output is not a floating-point tensor, or that of a weight is complex.
         ValueError: no weight was found.
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
@@ -46,6 +46,10 @@ def signals(module: nn.Module, example_input: Any, *, seed: int = 0) -> tuple[La
 
     def on_weight(use: WeightUse, call: Callable[[], Tensor]) -> Tensor:
         out = call()
+        if out.is_complex():
+            raise TypeError(
+                f"the output of {use.name!r} is complex: signals and critical points are known for real ones"
+            )
         probe = torch.zeros_like(out, requires_grad=True)
         probes.append(probe)
         return out + probe
