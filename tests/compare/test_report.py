@@ -60,20 +60,21 @@ def test_without_a_law_the_report_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chi", "depth", "word"),
+    ("chi", "depth", "word", "change"),
     [
-        (1.2, 40.0, "Chaotic"),
-        (0.8, 40.0, "Ordered"),
-        (1.0001, 40.0, "Critical"),
-        (0.13, 1.0, "Shallow enough"),
-        (1.7, 3.0, "Shallow enough"),
+        (1.2, 40.0, "Chaotic", "grow"),
+        (0.8, 40.0, "Ordered", "shrink"),
+        (1.0001, 40.0, "Critical", "keep their size"),
+        (1.01, 40.0, "Critical", "grow"),
+        (0.13, 1.0, "Shallow enough", "shrink"),
+        (1.7, 3.0, "Shallow enough", "grow"),
     ],
 )
-def test_gradients_in_words(chi: float, depth: float, word: str) -> None:
+def test_gradients_in_words(chi: float, depth: float, word: str, change: str) -> None:
     report = compare(measured(), Prediction(Semicircle(), {"chi": chi, "depth": depth}))
     assert word in report.verdict
     assert ("critical_init_" in report.verdict) == (word in ("Chaotic", "Ordered"))
-    assert ("gradients grow" in report.verdict) == (chi > 1)
+    assert f"gradients {change}" in report.verdict
 
 
 @pytest.mark.parametrize("law", [Semicircle(2.0), MarchenkoPastur(0.5), FussCatalan(2.0), FussCatalan(6.0)], ids=repr)
