@@ -15,18 +15,17 @@ half-planes is the boundary value, since it stays there when y is moved up; so i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from jaxtyping import Bool, Complex, Float
 
 from torch_rmt.measures.geometry import Geometry
-from torch_rmt.measures.subordination import ConvergenceError, Subordination
+from torch_rmt.measures.subordination import COARSE, ConvergenceError, Subordination, along_axis
 
 _TOLERANCE = 1e-11  # largest residual, in logarithms, of a solution that is handed out
 _INTERIOR = 1e-10  # relative imaginary part from which a solution counts as interior
 _NEARLY = 1e-4  # the same below which a solution may be a real one, blurred
-_COARSE = 16  # every so manieth point is led in from above, the others start from their neighbours
 _START = 6.0  # height in units of the largest singular value at which the point itself is a good first guess
 
 
@@ -289,28 +288,6 @@ def _from_neighbours(
     return _settle(geometry, y, found)
 
 
-def _on_axis(geometry: RectangularGeometry, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Many points: some led in, the others between those; twice, so that those beside an edge get nearer neighbours."""
-    order = np.argsort(y.real)
-    sorted_y = y[order]
-    s = np.empty((len(geometry.factors), y.size), dtype=complex)
-    done = np.zeros(y.shape, dtype=bool)
-    anchors = np.unique(np.append(np.arange(0, y.size, _COARSE), y.size - 1))
-    s[:, anchors], done[anchors] = _descend(geometry, sorted_y[anchors])
-    for _ in range(2):
-        fresh, known = np.flatnonzero(~done), np.flatnonzero(done)
-        if not fresh.size or known.size < 2:
-            break
-        near, good = _from_neighbours(geometry, sorted_y[fresh], sorted_y.real[known], s[:, known])
-        s[:, fresh[good]], done[fresh[good]] = near[:, good], True
-    left = np.flatnonzero(~done)
-    if left.size:
-        s[:, left], done[left] = _descend(geometry, sorted_y[left])
-    back = np.empty_like(order)
-    back[order] = np.arange(order.size)
-    return s[:, back], done[back]
-
-
 def solve_rectangular(
     geometry: RectangularGeometry,
     z: Complex[np.ndarray, " n"],
@@ -327,8 +304,8 @@ def solve_rectangular(
     axis = not np.any(y.imag)
     if axis and known is not None and known[0].size > 1:
         s, done = _from_neighbours(geometry, y, geometry.abscissa(known[0]), known[1])
-    elif axis and y.size > 4 * _COARSE:
-        s, done = _on_axis(geometry, y)
+    elif axis and y.size > 4 * COARSE:
+        s, done = along_axis(len(geometry.factors), y, partial(_descend, geometry), partial(_from_neighbours, geometry))
     else:
         s, done = _descend(geometry, y)
     for hair in (0.0, 1e-13, -1e-13, 1e-12):

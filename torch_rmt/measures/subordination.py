@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Complex, Float
@@ -15,8 +17,11 @@ _TOLERANCE = 1e-12  # largest residual of a solution that is handed out
 _INTERIOR = 1e-11  # imaginary part (relative) from which a solution counts as interior, hence unique
 _MUTE = 1e5  # radii from where a coordinate says nothing about its imaginary part
 _STALLED = 1e-9  # relative size of Newton steps that are taken for rounding once they shrink no more
-_COARSE = 16  # every so manieth point is solved by continuation, the others start from their neighbours
+COARSE = 16  # every so manieth point is solved by continuation, the others start from their neighbours
 _REPELLING = 1e-3  # excess over one of a slope that no rounding explains
+
+
+_Solutions = tuple[np.ndarray, np.ndarray]  # coordinates, one row a law, and which of them are proved
 
 
 class ConvergenceError(ArithmeticError):
@@ -254,26 +259,46 @@ def _from_neighbours(
 
 def _solve_axis(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Many points of the axis: some by continuation or a curve that is known, the rest from their neighbours."""
-    order = np.argsort(z.real)
-    sorted_z = z[order]
     row = semicircle_row(geometry)
-    if row is not None:
-        w, done = solve_beside_semicircle(geometry, sorted_z, row, _settle)
+    return along_axis(
+        len(geometry.factors),
+        z,
+        partial(_descend, geometry),
+        partial(_from_neighbours, geometry),
+        None if row is None else lambda at: solve_beside_semicircle(geometry, at, row, _settle),
+    )
+
+
+def along_axis(
+    rows: int,
+    points: np.ndarray,
+    alone: Callable[[np.ndarray], _Solutions],
+    beside: Callable[[np.ndarray, np.ndarray, np.ndarray], _Solutions],
+    begin: Callable[[np.ndarray], _Solutions] | None = None,
+) -> _Solutions:
+    """Solve at many points of the axis: some alone (or as `begin` does), the others beside those, what is left alone.
+
+    `beside` takes points, and places and coordinates of solved neighbours.
+    """
+    order = np.argsort(points.real)
+    at = points[order]
+    if begin is not None:
+        w, done = begin(at)
     else:
-        w = np.empty((len(geometry.factors), z.size), dtype=complex)
-        done = np.zeros(z.shape, dtype=bool)
-        anchors = np.unique(np.append(np.arange(0, z.size, _COARSE), z.size - 1))
-        w[:, anchors], done[anchors] = _descend(geometry, sorted_z[anchors])
+        w = np.empty((rows, at.size), dtype=complex)
+        done = np.zeros(at.shape, dtype=bool)
+        anchors = np.unique(np.append(np.arange(0, at.size, COARSE), at.size - 1))
+        w[:, anchors], done[anchors] = alone(at[anchors])
     for _ in range(2):  # those beside an edge get nearer neighbours in the second round
         fresh, known = np.flatnonzero(~done), np.flatnonzero(done)
         if not fresh.size or known.size < 2:
             break
-        near, right = _from_neighbours(geometry, sorted_z[fresh], sorted_z.real[known], w[:, known])
+        near, right = beside(at[fresh], at.real[known], w[:, known])
         w[:, fresh[right]] = near[:, right]
         done[fresh[right]] = True
     left = np.flatnonzero(~done)
     if left.size:
-        w[:, left], done[left] = _descend(geometry, sorted_z[left])
+        w[:, left], done[left] = alone(at[left])
     back = np.empty_like(order)
     back[order] = np.arange(order.size)
     return w[:, back], done[back]
@@ -292,7 +317,7 @@ def _solve_known(
 
 def _solve_unaided(geometry: Geometry, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points of which nothing is known."""
-    many = z.size > 4 * _COARSE or semicircle_row(geometry) is not None
+    many = z.size > 4 * COARSE or semicircle_row(geometry) is not None
     return (_solve_axis if many and not np.any(z.imag) else _descend)(geometry, z)
 
 

@@ -162,9 +162,9 @@ def _confirmed(
 ) -> Pairs | None:
     """What the search found, if a product with a random combination of the vectors agrees with it."""
     count, unit = vectors.shape[1], float(search.scale)
-    allowed = _CONTRADICTION * search.slack(found.values, tolerance).min()
     if count == 1:
         return None
+    allowed = _CONTRADICTION * search.slack(found.values, tolerance).min()
     signs = 1.0 - 2.0 * torch.randint(2, (count,), generator=generator, device=generator.device).double().cpu().numpy()
     tails = search.tails(found.coordinates)
     inside, outside = (torch.from_numpy(c).to(vectors) for c in (found.values * signs, tails @ signs))
